@@ -1,0 +1,1 @@
+"""What every pass and target stands on; names no pass and no target."""

@@ -1,0 +1,85 @@
+"""What a target can run, as data. Passes ask a capability; they never ask for a target's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .formats import Format, PerAxis, PerBlock, PerTensor
+
+GRANULARITIES = {PerTensor: "per_tensor", PerAxis: "per_axis", PerBlock: "per_block"}
+
+
+@dataclass(frozen=True)
+class Legality:
+    """One row: a form of one op that the runtime computes in integers (or unpacks at load).
+
+    Attributes:
+        op_type: ONNX operator.
+        weights: Legal containers of the constant operand; empty for ops without one.
+        activations: Legal containers of the other operands; `float` means that they stay float.
+        granularity: Legal granularities of the weight (`per_tensor`, `per_axis`, `per_block`).
+        dynamic: Whether the activation's range may be taken at run time.
+        float_output: Whether the kernel can write float; otherwise its output must be quantized.
+        since: Version of the runtime that this row was measured on.
+    """
+
+    op_type: str
+    weights: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ("uint8",)
+    granularity: tuple[str, ...] = ()
+    dynamic: bool = False
+    float_output: bool = False
+    since: str = ""
+
+    def takes(self, weight: Format | None, activation: str) -> bool:
+        """Whether this row covers a weight format (None: no weight) and activation container."""
+        if activation not in self.activations:
+            return False
+        if weight is None:
+            return not self.weights
+        kind = GRANULARITIES[type(weight.granularity)]
+        return weight.dtype in self.weights and kind in self.granularity
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What one target can run.
+
+    Attributes:
+        name: The target and the class of machine, for reports only.
+        opsets: Least and greatest ONNX opset that the target takes.
+        rows: The legal integer forms.
+        carries: Ops that hand codes on unchanged, so that input and output share one scale.
+        fuses: Ops that the runtime folds into the integer op before them.
+        activation: Container of quantized activations.
+        weight_bits: Used bits of an 8-bit weight (7 where pair sums would saturate).
+        static_shapes: Whether every shape must be known.
+        float_only: op type -> why the target computes it in float.
+        packed: Container -> the least opset that stores it.
+    """
+
+    name: str
+    opsets: tuple[int, int]
+    rows: tuple[Legality, ...]
+    carries: frozenset[str] = frozenset()
+    fuses: frozenset[str] = frozenset()
+    activation: str = "uint8"
+    weight_bits: int = 8
+    static_shapes: bool = False
+    float_only: dict[str, str] = field(default_factory=dict)
+    packed: dict[str, int] = field(default_factory=dict)
+
+    def legal(self, op_type: str, weight: Format | None, activation: str) -> Legality | None:
+        """Return the row that covers this form, or None."""
+        for row in self.rows:
+            if row.op_type == op_type and row.takes(weight, activation):
+                return row
+        return None
+
+    def knows(self, op_type: str) -> bool:
+        """Whether any integer form of the op is legal, or the op carries codes."""
+        return op_type in self.carries or any(row.op_type == op_type for row in self.rows)
+
+    def why_float(self, op_type: str) -> str:
+        """Return the reason that an op has no integer form here."""
+        return self.float_only.get(op_type, f"no integer {op_type} on {self.name}")

@@ -1,0 +1,190 @@
+"""The two contracts: a Pass rewrites or decides, a Target emits and runs.
+
+Both are frozen pydantic models whose fields are their options, so that an unknown or ill-typed option
+is refused before anything runs. The name of either is the name of its file, with hyphens.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict
+
+from .capability import Capability
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .feeds import Feeds
+    from .formats import Format
+    from .precision import Precision
+    from .recipe import Recipe
+
+    Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """A refusal or choice, with the thing it is about; shown by `fourfold explain`."""
+
+    source: str
+    subject: str
+    reason: str
+
+
+class Progress(Protocol):
+    """Wraps an iterable so that a person can watch it; the default watches nothing."""
+
+    def __call__(self, steps: Iterable[Any], title: str, total: int | None = None) -> Iterable[Any]:
+        """Yield the steps unchanged."""
+        ...
+
+
+def silent(steps: Iterable[Any], title: str, total: int | None = None) -> Iterable[Any]:
+    """Show no progress."""
+    return steps
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may know beside the model.
+
+    Attributes:
+        capability: What the target can run.
+        folder: Work folder; gone after the compile.
+        feeds: Calibration feeds, or None.
+        seed: Seed for whatever draws numbers.
+        memory: Bound in bytes on activations held at once.
+        progress: Shows long steps.
+        remarks: Where `remark` collects.
+    """
+
+    capability: Capability
+    folder: Path
+    feeds: Feeds | None = None
+    seed: int = 0
+    memory: int = 1 << 30
+    progress: Progress = silent
+    remarks: list[Remark] = field(default_factory=list)
+
+    def remark(self, source: Pass, subject: str | None, reason: str) -> None:
+        """Record why a pass did or did not do something to `subject`."""
+        self.remarks.append(Remark(source.name, subject or "", reason))
+
+
+class Option(BaseModel):
+    """What passes and targets share: frozen options that print as text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str] = ""
+
+    @property
+    def name(self) -> str:
+        """The file's name with hyphens."""
+        return type(self).__module__.rpartition(".")[2].replace("_", "-")
+
+    def changed(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults, as plain data."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def __str__(self) -> str:
+        options = " ".join(f"{k}={_text(v)}" for k, v in self.changed().items())
+        return f"{self.name}{{{options}}}" if options else self.name
+
+
+def _text(value: Any) -> str:
+    """Print an option so that the recipe's parser reads it back."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+class Pass(Option, ABC):
+    """One rewrite or one decision.
+
+    `run` edits the model in place and returns how many places changed; `requires` yields a line for
+    every need that is not met. A pass holds no state beside its options.
+    """
+
+    kind: ClassVar[str] = "passes"
+
+    @abstractmethod
+    def run(self, model: ir.Model, context: Context) -> int:
+        """Edit `model` in place; return how many places changed (0: nothing to do)."""
+
+    def requires(self, model: ir.Model, context: Context) -> Iterable[str]:
+        """Yield what is missing for this pass to run."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one node costs in one format: stored bytes, and seconds where they were measured."""
+
+    bytes: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which kernels the runtime really ran.
+
+    Attributes:
+        kernels: Kernel (op type) -> number of nodes, of the graph as the runtime executes it.
+        stayed_float: Name of a source node with a weight -> why it ran in float.
+    """
+
+    kernels: dict[str, int]
+    stayed_float: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """What a target wrote: the file to open, every file, and where the nodes went."""
+
+    entry: Path
+    files: tuple[Path, ...]
+    placement: Placement
+
+
+class Target(Option, ABC):
+    """One runtime or chip."""
+
+    kind: ClassVar[str] = "targets"
+
+    @property
+    @abstractmethod
+    def capability(self) -> Capability:
+        """What this target can run, for the machine class in its options."""
+
+    @abstractmethod
+    def recipe(self, precision: Precision) -> Recipe:
+        """Return the default passes for a precision."""
+
+    @abstractmethod
+    def cost(self, node: ir.Node, format: Format | None) -> Cost:
+        """Return what the node costs with its weight in `format` (None: float32)."""
+
+    @abstractmethod
+    def unsupported(self, model: ir.Model) -> list[str]:
+        """Return a line for everything in the model that this target cannot run."""
+
+    @abstractmethod
+    def emit(self, model: ir.Model, folder: Path) -> Emitted:
+        """Write the variant into an empty folder."""
+
+    @abstractmethod
+    def open(self, entry: Path, threads: int = 1) -> Callable[[Arrays], dict[str, np.ndarray[Any, Any]]]:
+        """Load a variant into the real runtime; the callable maps feeds to outputs by name.
+
+        Raises:
+            UnsupportedError: The runtime is not installed or refuses the variant.
+        """
+
+    def missing(self) -> str | None:
+        """Return the extra to install when this target's runtime is absent, else None."""
+        return None

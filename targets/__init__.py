@@ -1,0 +1,1 @@
+"""One runtime or chip a file; the file's name is the target's name."""
