@@ -49,6 +49,7 @@ class Capability:
         name: The target and the class of machine, for reports only.
         opsets: Least and greatest ONNX opset that the target takes.
         rows: The legal integer forms.
+        widened: Forms whose weight is stored in integers and widened to float before the kernel.
         carries: Ops that hand codes on unchanged, so that input and output share one scale.
         fuses: Ops that the runtime folds into the integer op before them.
         activation: Container of quantized activations.
@@ -61,6 +62,7 @@ class Capability:
     name: str
     opsets: tuple[int, int]
     rows: tuple[Legality, ...]
+    widened: tuple[Legality, ...] = ()
     carries: frozenset[str] = frozenset()
     fuses: frozenset[str] = frozenset()
     activation: str = "uint8"
@@ -71,14 +73,16 @@ class Capability:
 
     def legal(self, op_type: str, weight: Format | None, activation: str) -> Legality | None:
         """Return the row that covers this form, or None."""
-        for row in self.rows:
-            if row.op_type == op_type and row.takes(weight, activation):
-                return row
-        return None
+        forms = self.widened if activation == "float" else self.rows
+        return next((r for r in forms if r.op_type == op_type and r.takes(weight, activation)), None)
+
+    def rows_of(self, op_type: str) -> list[Legality]:
+        """Return every row of one op."""
+        return [row for row in self.rows if row.op_type == op_type]
 
     def knows(self, op_type: str) -> bool:
         """Whether any integer form of the op is legal, or the op carries codes."""
-        return op_type in self.carries or any(row.op_type == op_type for row in self.rows)
+        return op_type in self.carries or bool(self.rows_of(op_type))
 
     def why_float(self, op_type: str) -> str:
         """Return the reason that an op has no integer form here."""

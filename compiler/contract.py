@@ -13,20 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import numpy.typing as npt
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
 from .capability import Capability
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from .feeds import Feeds
     from .formats import Format
     from .precision import Precision
     from .recipe import Recipe
 
-    Arrays = Mapping[str, np.ndarray[Any, Any]]
+Arrays = Mapping[str, npt.NDArray[Any]]
+Runner = Callable[[Arrays], dict[str, npt.NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Target(Option, ABC):
         """Write the variant into an empty folder."""
 
     @abstractmethod
-    def open(self, entry: Path, threads: int = 1) -> Callable[[Arrays], dict[str, np.ndarray[Any, Any]]]:
+    def open(self, entry: Path, threads: int = 1) -> Runner:
         """Load a variant into the real runtime; the callable maps feeds to outputs by name.
 
         Raises:

@@ -1,0 +1,110 @@
+"""Runs a model over feeds in onnxruntime and hands out intermediate values, in bounded memory.
+
+All values at once would need the sum of all activations, so they are gathered in slices: each run
+fetches as many values as fit the bound, and the model runs once per slice over all feeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+
+from .contract import Progress, silent
+from .errors import ModelError
+from .feeds import Feeds
+from .model import save
+
+Batch = dict[str, np.ndarray[Any, Any]]
+
+PROBE = 48  # values fetched at once while their sizes are still unknown
+
+
+class Observer:
+    """Fetches named values of one model, batch by batch.
+
+    Args:
+        model: The model; written once into `folder`, its weights are shared by every slice.
+        folder: An existing work folder.
+        memory: Bound in bytes on the activations held at once.
+
+    Raises:
+        ModelError: onnxruntime cannot run the model.
+    """
+
+    def __init__(self, model: ir.Model, folder: Path, memory: int) -> None:
+        self._memory = memory
+        self._path = folder / "observed.onnx"
+        self._path.unlink(missing_ok=True)
+        save(model, self._path, external_above=0)
+        self._proto = onnx.load(self._path, load_external_data=False)
+        self._types = {v.name: v.dtype for node in model.graph for v in node.outputs}
+        self._inputs = {v.name for v in model.graph.inputs}
+
+    def sizes(self, names: list[str], feeds: Feeds) -> dict[str, int]:
+        """Return bytes of each value for the largest batch, measured on a single sample."""
+        first = next(iter(feeds.rebatched(1) if feeds.rebatchable else feeds))
+        samples = max(len(next(iter(batch.values()))) for batch in feeds)
+        scale = samples if feeds.rebatchable else 1
+        sizes: dict[str, int] = {}
+        for start in range(0, len(names), PROBE):
+            part = names[start : start + PROBE]
+            for name, value in zip(part, self._session(part).run(part, first), strict=True):
+                sizes[name] = value.nbytes * scale
+        return sizes
+
+    def slices(self, names: list[str], feeds: Feeds) -> list[list[str]]:
+        """Cut the names into runs of neighbours whose values fit the memory bound together."""
+        sizes = self.sizes(names, feeds)
+        cut: list[list[str]] = []
+        used = self._memory + 1
+        for name in names:
+            if used + sizes[name] > self._memory:
+                cut.append([])
+                used = 0
+            cut[-1].append(name)
+            used += sizes[name]
+        return cut
+
+    def batches(
+        self, names: list[str], feeds: Feeds, progress: Progress = silent
+    ) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+        """Yield (name, value) for every batch and every name; graph inputs are names too."""
+        for batch in feeds:
+            yield from ((name, batch[name]) for name in names if name in self._inputs)
+        wanted = [name for name in names if name not in self._inputs]
+        if not wanted:
+            return
+        parts = self.slices(wanted, feeds)
+        runs = ((part, batch) for part in parts for batch in feeds)
+        session, held = None, None
+        for part, batch in progress(runs, "calibrate", len(parts) * len(feeds)):
+            if part is not held:
+                session, held = self._session(part), part
+            assert session is not None
+            yield from zip(part, session.run(part, batch), strict=True)
+
+    def _session(self, names: list[str]) -> onnxruntime.InferenceSession:
+        """Open the model with these values as its outputs; nodes that they do not need are not run."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self._proto)
+        del proto.graph.output[:]
+        for name in names:
+            element = self._types[name]
+            assert element is not None
+            proto.graph.output.append(onnx.helper.make_tensor_value_info(name, element.value, None))
+        path = self._path.with_name("observed-slice.onnx")
+        onnx.save(proto, path)
+        options = onnxruntime.SessionOptions()
+        options.enable_cpu_mem_arena = False  # an arena keeps the largest batch ever seen
+        options.log_severity_level = 3
+        try:
+            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(f"onnxruntime cannot run the model for calibration: {reason}") from None

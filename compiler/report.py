@@ -1,0 +1,181 @@
+"""The report: what was done and measured. report.json is this model; docs/report.md explains it."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+
+from .compare import Comparison, Latency
+from .contract import Remark
+from .runner import PassRow
+
+
+def _to_json(value: float) -> float | str:
+    """JSON knows no infinity; identical outputs have an infinite SQNR."""
+    return value if math.isfinite(value) else str(value)
+
+
+Decibel = Annotated[float, PlainSerializer(_to_json), BeforeValidator(float)]
+
+
+class _Row(BaseModel):
+    """Frozen, strict about its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceRow(_Row):
+    """The model that came in."""
+
+    name: str
+    sha256: str
+    opset: int
+    nodes: int
+    weight_bytes: int
+    file_bytes: int
+
+
+class FeedsRow(_Row):
+    """Feeds that were used.
+
+    `held_out` is False where check and calibration feeds are the same samples, `made_up` is True where
+    they were drawn at random because none were given.
+    """
+
+    samples: int
+    sha256: str
+    held_out: bool = True
+    made_up: bool = False
+
+
+class AccuracyRow(_Row):
+    """See `compare.Comparison`."""
+
+    sqnr_db: Decibel
+    cosine: float
+    agreement: float | None
+    max_error: float
+    metric: str | None
+    source_score: float | None
+    variant_score: float | None
+    drop: float | None
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> AccuracyRow:
+        """Copy the figures."""
+        return cls(**vars(comparison))
+
+
+class LatencyRow(_Row):
+    """See `compare.Latency`; seconds."""
+
+    batch: int
+    source: float
+    variant: float
+    ratio: float
+    rounds: int
+    threads: int
+
+    @classmethod
+    def of(cls, measured: Latency) -> LatencyRow:
+        """Copy the figures."""
+        return cls(**vars(measured))
+
+
+class PassReport(_Row):
+    """See `runner.PassRow`."""
+
+    name: str
+    changed: int
+    seconds: float
+    nodes: int
+    weight_bytes: int
+    lost_notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, row: PassRow) -> PassReport:
+        """Copy the figures."""
+        return cls(**vars(row))
+
+
+class RemarkRow(_Row):
+    """See `contract.Remark`."""
+
+    source: str
+    subject: str
+    reason: str
+
+    @classmethod
+    def of(cls, remark: Remark) -> RemarkRow:
+        """Copy the text."""
+        return cls(**vars(remark))
+
+
+class TargetReport(_Row):
+    """One variant.
+
+    Attributes:
+        target: The target with its options, as text.
+        capability: What it was compiled for.
+        precision: Widths asked for.
+        recipe: The passes, as text.
+        file_bytes: Bytes of all files that the runtime needs.
+        bits_per_weight: Stored bits of codes, scales and tables per quantized weight element.
+        kernels: Kernel -> nodes, of the graph as the runtime executes it.
+        stayed_float: Weighted node that ran in float -> why.
+        accuracy: None when the check was switched off.
+        latency: A row for each measured batch.
+        verdict: Sentences that follow from the figures.
+        seconds: Duration of the compile without the check.
+    """
+
+    target: str
+    capability: str
+    precision: str
+    recipe: str
+    file_bytes: int
+    bits_per_weight: float | None
+    kernels: dict[str, int]
+    stayed_float: dict[str, str]
+    accuracy: AccuracyRow | None
+    latency: tuple[LatencyRow, ...]
+    verdict: tuple[str, ...]
+    passes: tuple[PassReport, ...]
+    remarks: tuple[RemarkRow, ...]
+    seconds: float
+
+
+class Report(_Row):
+    """Everything that one compile did and measured."""
+
+    schema_version: int = 1
+    fourfold: str
+    versions: dict[str, str]
+    machine: str
+    seed: int
+    source: SourceRow
+    calibration: FeedsRow | None
+    check: FeedsRow | None
+    targets: tuple[TargetReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for report.json."""
+        return self.model_dump(mode="json")
+
+
+def verdict(accuracy: AccuracyRow | None, rows: tuple[LatencyRow, ...], bytes_before: int, bytes_after: int) -> list[str]:
+    """Say in words what the figures say: slower, larger, or far from its source."""
+    lines = []
+    for row in rows:
+        if row.ratio < 1:
+            lines.append(
+                f"SLOWER than the source at batch {row.batch}: {row.variant * 1e3:.2f} ms against "
+                f"{row.source * 1e3:.2f} ms ({row.ratio:.2f}x)"
+            )
+    if bytes_after >= bytes_before:
+        lines.append(f"NOT SMALLER than the source: {bytes_after} bytes against {bytes_before}")
+    if accuracy is not None and accuracy.sqnr_db < 10:
+        lines.append(f"FAR from the source: the outputs' SQNR is {accuracy.sqnr_db:.1f} dB")
+    return lines

@@ -1,0 +1,1 @@
+"""Small models with their data, each rebuilt by one command and used by the demo."""

@@ -1,0 +1,210 @@
+"""Inserts QuantizeLinear and DequantizeLinear where the plan says, so that the runtime fuses them.
+
+before:  Conv(x, dq(w), b) -> Relu -> y                      notes: x, y uint8 static
+becomes: Conv(dq(q(x)), dq(w), dq(b_quantized)) -> Relu -> q -> dq -> readers of y
+
+A static value gets a fixed scale and zero point, a dynamic one a DynamicQuantizeLinear. Readers that
+run in float read the float value itself when there is one: a residual must not lose precision for the
+sake of a MatMul beside it. Biases become int32 with scale s_x * s_w.
+Source: Krishnamoorthi, arXiv 1806.08342, section 3; placement rules in docs/design.md.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ..compiler import constants, notes, regions
+from ..compiler.contract import Context, Pass
+from ..compiler.graph import is_constant, is_standard, values
+from ..compiler.quantizers import affine_parameters
+from ..compiler.weights import opened
+
+INT32 = 2**31 - 1
+
+
+class InsertQdq(Pass):
+    """Obey the plan for activations and biases."""
+
+    def run(self, model: ir.Model, context: Context) -> int:
+        """Insert one quantizer a planned value; return how many were inserted."""
+        graph = model.graph
+        planned = [
+            value
+            for value in values(model)
+            if notes.read(value).mode in ("static", "dynamic")
+            and not is_constant(value)
+            and not _is_quantized(value)
+        ]
+        homes = {str(value.name): value for value in planned}
+        readers = {str(v.name): _integer_readers(v, context) for v in planned}
+        for value in planned:
+            _insert(graph, value, homes, readers[str(value.name)])
+        for node in list(graph):
+            _quantize_bias(graph, node)
+        return len(planned)
+
+
+def _is_quantized(value: ir.Value) -> bool:
+    """Whether a quantizer already stands at the value (or it is one's output)."""
+    readers = {use.node.op_type for use in value.uses()}
+    producer = value.producer()
+    made_by = producer.op_type if producer is not None else ""
+    return bool(readers & {"QuantizeLinear", "DynamicQuantizeLinear"}) or made_by == "DequantizeLinear"
+
+
+def _integer_readers(value: ir.Value, context: Context) -> list[tuple[ir.Node, int]]:
+    """Return (node, input index) of every reader that gets the dequantized value."""
+    uses = [(use.node, use.idx) for use in value.uses()]
+    producer = value.producer()
+    if producer is not None and _leaves_codes(producer, context):
+        return uses  # the float value does not exist at run time
+    return [(node, index) for node, index in uses if _reads_codes(node, context)]
+
+
+def _leaves_codes(node: ir.Node, context: Context) -> bool:
+    """Whether the node's kernel writes codes: all its inputs are planned and it cannot write float."""
+    if node.op_type in context.capability.fuses and node.inputs[0] is not None:
+        before = node.inputs[0].producer()
+        if before is not None and regions.fused_activation(before, context.capability) is node:
+            node = before
+    rows = context.capability.rows_of(node.op_type)
+    carried = node.op_type in context.capability.carries
+    writes = carried or (bool(rows) and not all(row.float_output for row in rows))
+    return writes and _reads_codes(node, context)
+
+
+def _reads_codes(node: ir.Node, context: Context) -> bool:
+    """Whether every float operand of the node is planned to be in codes."""
+    capability = context.capability
+    if not capability.knows(node.op_type) or not is_standard(node, node.op_type):
+        return False
+    weighted = any(_is_stored(value) for value in node.inputs[:2])
+    carried = node.op_type in capability.carries
+    if not weighted and not carried and not capability.legal(node.op_type, None, capability.activation):
+        return False
+    operands = [v for v in node.inputs[:2] if v is not None and v.dtype == ir.DataType.FLOAT]
+    if node.op_type == "Concat":
+        operands = [v for v in node.inputs if v is not None]
+    if carried:
+        operands = operands[:1]
+    return bool(operands) and all(map(_planned, operands))
+
+
+def _is_stored(value: ir.Value | None) -> bool:
+    """Whether the value is a weight: a DequantizeLinear of constant codes."""
+    producer = value.producer() if value is not None else None
+    return (
+        producer is not None and is_standard(producer, "DequantizeLinear") and is_constant(producer.inputs[0])
+    )
+
+
+def _planned(value: ir.Value) -> bool:
+    """Whether the value is in codes: by its note, or as the output of a DequantizeLinear."""
+    producer = value.producer()
+    dequantized = producer is not None and is_standard(producer, "DequantizeLinear")
+    return dequantized or notes.read(value).mode in ("static", "dynamic")
+
+
+def _insert(
+    graph: ir.Graph, value: ir.Value, homes: dict[str, ir.Value], readers: list[tuple[ir.Node, int]]
+) -> None:
+    """Put a quantizer and a DequantizeLinear behind one value."""
+    name, producer = str(value.name), value.producer()
+    note = notes.read(value)
+    is_output = value.is_graph_output() and len(readers) == len(tuple(value.uses()))
+    nodes = _dynamic(value) if note.mode == "dynamic" else _static(graph, value, homes)
+    if producer is None:
+        graph.insert_before(graph[0], nodes)
+    else:
+        graph.insert_after(producer, nodes)
+    dequantized = nodes[-1].outputs[0]
+    for node, index in readers:
+        node.replace_input_with(index, dequantized)
+    if is_output and producer is not None and note.mode == "static":
+        _become_output(graph, value, dequantized, name)
+
+
+def _become_output(graph: ir.Graph, value: ir.Value, dequantized: ir.Value, name: str) -> None:
+    """Let the dequantized value be the graph output under the old name."""
+    position = next(i for i, v in enumerate(graph.outputs) if v is value)
+    dequantized.type, dequantized.shape = value.type, value.shape
+    graph.outputs[position] = dequantized
+    value.name = f"{name}_QuantizeLinear_Input"
+    dequantized.name = name
+
+
+def _static(graph: ir.Graph, value: ir.Value, homes: dict[str, ir.Value]) -> list[ir.Node]:
+    """Return QuantizeLinear and DequantizeLinear with the scale of the value's range."""
+    note = notes.read(value)
+    root = note.shares or str(value.name)
+    source = notes.read(homes[root]) if root in homes else note
+    format = note.format
+    assert format is not None
+    scale, zero_point = affine_parameters(source.low or 0.0, source.high or 0.0, format)
+    scale_value = constants.add(graph, f"{root}_scale", scale)
+    zero = constants.add(graph, f"{root}_zero_point", zero_point, format.onnx_type)
+    name = str(value.name)
+    quantize = constants.make_node(
+        "QuantizeLinear", [value, scale_value, zero], f"{name}_QuantizeLinear", value, dtype=format.onnx_type
+    )
+    dequantize = constants.make_node(
+        "DequantizeLinear", [quantize.outputs[0], scale_value, zero], f"{name}_DequantizeLinear", value
+    )
+    return [quantize, dequantize]
+
+
+def _dynamic(value: ir.Value) -> list[ir.Node]:
+    """Return DynamicQuantizeLinear and DequantizeLinear."""
+    name = str(value.name)
+    quantize = ir.node("DynamicQuantizeLinear", [value], num_outputs=3, name=f"{name}_DynamicQuantizeLinear")
+    parts = (("_codes", ir.DataType.UINT8), ("_scale", ir.DataType.FLOAT), ("_zero_point", ir.DataType.UINT8))
+    for output, (suffix, dtype) in zip(quantize.outputs, parts, strict=True):
+        output.name = f"{name}_dynamic{suffix}"
+        output.type, output.shape = ir.TensorType(dtype), ir.Shape(())
+    quantize.outputs[0].shape = value.shape.copy() if value.shape is not None else None
+    dequantize = constants.make_node(
+        "DequantizeLinear", list(quantize.outputs), f"{name}_DequantizeLinear", value
+    )
+    return [quantize, dequantize]
+
+
+def _quantize_bias(graph: ir.Graph, node: ir.Node) -> None:
+    """Turn the float bias of an integer Conv or Gemm into int32 codes of scale s_x * s_w."""
+    bias = node.inputs[2] if is_standard(node, "Conv", "Gemm") and len(node.inputs) > 2 else None
+    if bias is None or not is_constant(bias):
+        return
+    scales = [_constant_scale(value) for value in node.inputs[:2]]
+    if any(scale is None for scale in scales):
+        return
+    with opened(bias) as array:
+        floats = np.asarray(array, np.float64).ravel()
+    x_scale, w_scale = scales
+    assert x_scale is not None
+    assert w_scale is not None
+    scale = np.asarray(x_scale.astype(np.float64) * w_scale, np.float32).ravel()
+    codes = np.clip(np.rint(floats / scale.astype(np.float64)), -INT32, INT32).astype(np.int32)
+    name = str(bias.name)
+    stored = constants.add(graph, f"{name}_quantized", codes)
+    scale = scale if scale.size > 1 else scale[0]
+    dequantize = constants.make_node(
+        "DequantizeLinear",
+        [stored, constants.add(graph, f"{name}_scale", scale)],
+        f"{name}_DequantizeLinear",
+        like=bias,
+        attributes={"axis": 0},
+    )
+    dequantize.outputs[0].name = constants.free(graph, f"{node.name}_{name}_dequantized")
+    graph.insert_before(node, dequantize)
+    node.replace_input_with(2, dequantize.outputs[0])
+    if not tuple(bias.uses()):
+        graph.initializers.pop(name)
+
+
+def _constant_scale(value: ir.Value | None) -> np.ndarray | None:
+    """Return the scale behind a dequantized operand, or None when it is float or dynamic."""
+    producer = value.producer() if value is not None else None
+    if producer is None or not is_standard(producer, "DequantizeLinear"):
+        return None
+    scale = producer.inputs[1]
+    return scale.const_value.numpy() if scale is not None and scale.const_value is not None else None

@@ -1,0 +1,245 @@
+"""ONNX Runtime on CPU: QDQ models that its graph optimizer turns into integer kernels.
+
+What is legal and what is fast was measured; docs/targets.md holds the figures and the commands.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ..compiler.capability import Capability, Legality
+from ..compiler.contract import Arrays, Cost, Emitted, Placement, Runner, Target
+from ..compiler.errors import UnsupportedError
+from ..compiler.formats import Format
+from ..compiler.graph import weight_of
+from ..compiler.model import newest_opset, save
+from ..compiler.precision import Precision
+from ..compiler.recipe import Recipe
+
+Isa = Literal["auto", "vnni", "avx2", "arm64"]
+
+NARROW = ("int8", "int4", "int2")
+MEASURED = "onnxruntime 1.32"
+
+CARRIES = frozenset(
+    {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Pad"}
+)
+WEIGHT_ONLY = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
+
+FLOAT_ONLY = {
+    "LayerNormalization": "no integer LayerNormalization; its float kernel is exact and quick",
+    "Gelu": "no integer Gelu",
+    "Erf": "no integer Erf",
+    "Softmax": "float: an 8-bit softmax loses small probabilities, and costs as much",
+    "MatMul": "both operands are activations: converting them costs more than the integer kernel saves",
+}
+
+# Kernels that compute in integers, by the names that onnxruntime gives them after fusion.
+INTEGER_KERNELS = frozenset(
+    {"QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger"}
+)
+WEIGHTED_KERNELS = frozenset({"Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"})
+
+# Tells onnxruntime's own tools that the model is quantized, so that they do not warn about it.
+METADATA = {"onnx.infer": "onnxruntime.quant", "onnx.quant.pre_process": "onnxruntime.quant"}
+
+
+class Cpu(Target):
+    """ONNX Runtime CPU.
+
+    Attributes:
+        isa: Class of the CPU that will run the model; `auto` is this machine's.
+    """
+
+    isa: Isa = "auto"
+
+    @property
+    def capability(self) -> Capability:
+        """Integer forms that onnxruntime fuses on this class of CPU."""
+        isa = host_isa() if self.isa == "auto" else self.isa
+        return _capability(isa)
+
+    def recipe(self, precision: Precision) -> Recipe:
+        """Return the default passes.
+
+        Order: exact rewrites first, since ranges must be taken of the folded graph; then the two
+        decisions; then the edits that obey them; last what only this runtime wants.
+        """
+        from ..passes.assign_bits import AssignBits
+        from ..passes.calibrate import Calibrate
+        from ..passes.fold_batchnorm import FoldBatchnorm
+        from ..passes.fuse_matmul_bias import FuseMatmulBias
+        from ..passes.insert_qdq import InsertQdq
+        from ..passes.lower_embeddings import LowerEmbeddings
+        from ..passes.round_weights import RoundWeights
+        from ..passes.split_skip_layernorm import SplitSkipLayernorm
+        from ..passes.tidy import Tidy
+        from ..passes.unpack_weights import UnpackWeights
+        from ..passes.widen_floats import WidenFloats
+
+        bits = precision.weights
+        narrow = "int2" if bits == 2 else "int4" if bits <= 4 else ""
+        mode = precision.ranges if precision.activations else "float"
+        calibrate = (Calibrate(weights=bits),) if precision.calibrated else ()
+        return Recipe(
+            (
+                WidenFloats(),
+                Tidy(opset=self.capability.packed.get(narrow, 0)),
+                FoldBatchnorm(),
+                *calibrate,
+                AssignBits(weights=bits, activations=mode),
+                RoundWeights(),
+                InsertQdq(),
+                LowerEmbeddings(),
+                UnpackWeights(),
+                FuseMatmulBias(),
+                SplitSkipLayernorm(),
+            )
+        )
+
+    def cost(self, node: ir.Node, format: Format | None) -> Cost:
+        """Return the stored bytes of the node's weight with its scales; seconds are not measured yet."""
+        weight = weight_of(node)
+        if weight is None or weight.value.const_value is None:
+            return Cost(0)
+        tensor = weight.value.const_value
+        if format is None:
+            return Cost(tensor.size * 4)
+        channels = tensor.shape.numpy()[weight.axis]
+        return Cost((tensor.size * format.onnx_type.bitwidth + 7) // 8 + 4 * int(channels))
+
+    def unsupported(self, model: ir.Model) -> list[str]:
+        """Return operators of domains that onnxruntime does not bring."""
+        known = {"", "ai.onnx", "com.microsoft", "ai.onnx.ml", "com.microsoft.nchwc", "ai.onnx.preview.training"}
+        return [
+            f"node {node.name!r}: operator {node.domain}::{node.op_type} is not part of onnxruntime"
+            for node in model.graph.all_nodes()
+            if node.domain not in known and (node.domain, node.op_type, "") not in model.functions
+        ]
+
+    def emit(self, model: ir.Model, folder: Path) -> Emitted:
+        """Write model.onnx and find out which kernels onnxruntime makes of it."""
+        model.producer_name = "fourfold"
+        model.metadata_props.update(METADATA)
+        entry = folder / "model.onnx"
+        save(model, entry)
+        files = tuple(sorted(path for path in folder.iterdir() if path.is_file()))
+        return Emitted(entry, files, self._placement(entry, folder, model))
+
+    def _placement(self, entry: Path, folder: Path, model: ir.Model) -> Placement:
+        """Read the graph that onnxruntime would run."""
+        import onnx
+
+        optimized = folder.parent / f".{folder.name}-optimized.onnx"
+        options = _session_options(1)
+        options.optimized_model_filepath = str(optimized)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", optimized.name + ".data"
+        )
+        try:
+            _session(entry, options)
+            graph = onnx.load(optimized, load_external_data=False).graph
+        finally:
+            optimized.unlink(missing_ok=True)
+            optimized.with_name(optimized.name + ".data").unlink(missing_ok=True)
+        kernels = Counter(node.op_type for node in graph.node)
+        return Placement(dict(sorted(kernels.items())), _stayed_float(graph, model))
+
+    def open(self, entry: Path, threads: int = 1) -> Runner:
+        """Load a model file; see the contract."""
+        session = _session(entry, _session_options(threads))
+        names = [output.name for output in session.get_outputs()]
+
+        def run(feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
+            return dict(zip(names, session.run(None, dict(feeds)), strict=True))
+
+        return run
+
+
+def _session_options(threads: int) -> Any:
+    """Return options with a fixed number of threads and errors only in the log."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def _session(entry: Path, options: Any) -> Any:
+    """Open a session on CPU.
+
+    Raises:
+        UnsupportedError: onnxruntime refuses the model.
+    """
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(str(entry), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedError(f"onnxruntime {onnxruntime.__version__} refuses {entry.name}: {reason}") from None
+
+
+def _stayed_float(graph: Any, model: ir.Model) -> dict[str, str]:
+    """Return weighted float kernels of the optimized graph, with the plan's reason where it has one."""
+    from ..compiler import notes
+
+    constants = {t.name for t in graph.initializer}
+    reasons = {str(n.name): notes.read(n.outputs[0]).why for n in model.graph if n.outputs}
+    kept = {}
+    for node in graph.node:
+        if node.op_type in WEIGHTED_KERNELS and len(node.input) > 1 and node.input[1] in constants:
+            kept[node.name or node.output[0]] = reasons.get(node.name) or "onnxruntime did not fuse it"
+    return kept
+
+
+def _capability(isa: str) -> Capability:
+    """Return the legality table of one class of CPU.
+
+    Without VNNI, u8 x s8 kernels add pairs of products in 16 bits and saturate: weights keep to 7 bits.
+    """
+    activation = "int8" if isa == "arm64" else "uint8"
+    acts = (activation,)
+    both = ("per_tensor", "per_axis")
+    since = MEASURED
+
+    def weighted(op: str, acts: tuple[str, ...], *, dynamic: bool = False, output: bool = False) -> Legality:
+        return Legality(op, NARROW, acts, both, dynamic, output, since)
+
+    return Capability(
+        name=f"onnxruntime cpu ({isa})",
+        opsets=(21, newest_opset()),
+        rows=(
+            weighted("Conv", acts),
+            weighted("Gemm", acts, output=True),
+            weighted("MatMul", acts, dynamic=activation == "uint8", output=True),
+            *(Legality(op, (), acts, since=since) for op in ("Add", "Mul", "Concat", "Sigmoid", "LeakyRelu")),
+            *(Legality(op, (), acts, since=since) for op in ("AveragePool", "GlobalAveragePool")),
+        ),
+        widened=tuple(Legality(op, NARROW, ("float",), both, since=since) for op in WEIGHT_ONLY),
+        carries=CARRIES,
+        fuses=frozenset({"Relu", "Clip"}),
+        activation=activation,
+        weight_bits=7 if isa == "avx2" else 8,
+        float_only=FLOAT_ONLY,
+        packed={"int4": 21, "int2": 25},
+    )
+
+
+def host_isa() -> Literal["vnni", "avx2", "arm64"]:
+    """Return the class of this machine's CPU; an x86 whose flags cannot be read counts as without VNNI."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return "arm64"
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "avx2"
+    return "vnni" if "avx512_vnni" in flags or "avx_vnni" in flags else "avx2"
