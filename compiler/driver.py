@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from . import compare, notes, runner
 from .artifact import REPORT, Artifact, fresh, seal, sha256, write_json
-from .contract import Context, Progress, Remark, Runner, Target, silent
+from .contract import Context, Progress, Remark, Target, silent
 from .errors import BudgetError, DataError, ModelError, RecipeError, UnsupportedError
 from .feeds import Feeds, input_specs, made_up
 from .graph import is_float
@@ -34,6 +34,7 @@ from .report import (
     TargetReport,
     verdict,
 )
+from .session import open_runner
 
 PACKAGES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 CALIBRATION_BATCH = 8
@@ -281,7 +282,7 @@ class _Variant:
         """Compare source and variant on the check feeds, and time both in turns."""
         feeds, threads = self.feeds.check, self.wanted.threads
         assert feeds is not None
-        source, variant = self._open_source(threads), self.target.open(entry, threads)
+        source, variant = open_runner(self.source.path, threads), self.target.open(entry, threads)
         metric = self.wanted.metric
         if metric is None and feeds.labels is not None:
             metric = "top1"
@@ -293,12 +294,6 @@ class _Variant:
             batch = next(iter(feeds.rebatched(size) if size else feeds))
             rows.append(LatencyRow.of(compare.latency(source, variant, batch, threads)))
         return AccuracyRow.of(accuracy), tuple(rows)
-
-    def _open_source(self, threads: int) -> Runner:
-        """Open the source on onnxruntime CPU; what that cannot run is widened to float32 first."""
-        from ..targets.cpu import Cpu
-
-        return Cpu().open(self.source.path, threads)
 
 
 def bits_per_weight(model: ir.Model) -> float | None:

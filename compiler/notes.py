@@ -88,9 +88,11 @@ def move(source: ir.Value, target: ir.Value) -> None:
     Raises:
         ModelError: Both have a note and they differ.
     """
-    note = merge(read(source), read(target), where=target.name or "?")
+    note = read(source)
+    if read(target) != EMPTY:
+        note = merge(note, read(target), where=target.name or "?")
     source.meta.pop(KEY, None)
-    target.meta[KEY] = note
+    target.meta[KEY] = note  # the same object where it can be: `kept` follows it by identity
 
 
 def merge(first: Note, second: Note, where: str) -> Note:
@@ -118,7 +120,10 @@ def kept(model: ir.Model) -> Iterator[list[str]]:
     lost: list[str] = []
     yield lost
     homes = {value.name: value for value in values(model)}
+    held = {id(read(value)) for value in homes.values()}
     for name, note in before.items():
+        if id(note) in held:  # still there, or moved to a value of another name
+            continue
         if name not in homes:
             lost.append(str(name))
         elif read(homes[name]) == EMPTY:

@@ -16,9 +16,9 @@ import onnx_ir as ir
 import onnxruntime
 
 from .contract import Progress, silent
-from .errors import ModelError
 from .feeds import Feeds
 from .model import save
+from .session import open_session, session_options
 
 Batch = dict[str, np.ndarray[Any, Any]]
 
@@ -34,7 +34,7 @@ class Observer:
         memory: Bound in bytes on the activations held at once.
 
     Raises:
-        ModelError: onnxruntime cannot run the model.
+        UnsupportedError: onnxruntime cannot run the model.
     """
 
     def __init__(self, model: ir.Model, folder: Path, memory: int) -> None:
@@ -100,11 +100,6 @@ class Observer:
             proto.graph.output.append(onnx.helper.make_tensor_value_info(name, element.value, None))
         path = self._path.with_name("observed-slice.onnx")
         onnx.save(proto, path)
-        options = onnxruntime.SessionOptions()
+        options = session_options(threads=0)
         options.enable_cpu_mem_arena = False  # an arena keeps the largest batch ever seen
-        options.log_severity_level = 3
-        try:
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"onnxruntime cannot run the model for calibration: {reason}") from None
+        return open_session(path, options)

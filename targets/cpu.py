@@ -8,19 +8,18 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import numpy.typing as npt
 import onnx_ir as ir
 
 from ..compiler.capability import Capability, Legality
-from ..compiler.contract import Arrays, Cost, Emitted, Placement, Runner, Target
-from ..compiler.errors import UnsupportedError
+from ..compiler.contract import Cost, Emitted, Placement, Runner, Target
 from ..compiler.formats import Format
 from ..compiler.graph import weight_of
 from ..compiler.model import newest_opset, save
 from ..compiler.precision import Precision
 from ..compiler.recipe import Recipe
+from ..compiler.session import open_runner, open_session, session_options
 
 Isa = Literal["auto", "vnni", "avx2", "arm64"]
 
@@ -137,13 +136,13 @@ class Cpu(Target):
         import onnx
 
         optimized = folder.parent / f".{folder.name}-optimized.onnx"
-        options = _session_options(1)
+        options = session_options()
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", optimized.name + ".data"
         )
         try:
-            _session(entry, options)
+            open_session(entry, options)
             graph = onnx.load(optimized, load_external_data=False).graph
         finally:
             optimized.unlink(missing_ok=True)
@@ -153,39 +152,7 @@ class Cpu(Target):
 
     def open(self, entry: Path, threads: int = 1) -> Runner:
         """Load a model file; see the contract."""
-        session = _session(entry, _session_options(threads))
-        names = [output.name for output in session.get_outputs()]
-
-        def run(feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
-            return dict(zip(names, session.run(None, dict(feeds)), strict=True))
-
-        return run
-
-
-def _session_options(threads: int) -> Any:
-    """Return options with a fixed number of threads and errors only in the log."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return options
-
-
-def _session(entry: Path, options: Any) -> Any:
-    """Open a session on CPU.
-
-    Raises:
-        UnsupportedError: onnxruntime refuses the model.
-    """
-    import onnxruntime
-
-    try:
-        return onnxruntime.InferenceSession(str(entry), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UnsupportedError(f"onnxruntime {onnxruntime.__version__} refuses {entry.name}: {reason}") from None
+        return open_runner(entry, threads)
 
 
 def _stayed_float(graph: Any, model: ir.Model) -> dict[str, str]:
