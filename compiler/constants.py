@@ -42,6 +42,15 @@ def add(
     return value
 
 
+def zero_points(graph: ir.Graph, scale: npt.NDArray[np.generic], dtype: ir.DataType) -> ir.Value:
+    """Return zeros in the shape of a scale, one initializer for all of a shape.
+
+    ONNX takes a missing zero point for zero; onnxruntime's QGemm fusion wants to see it.
+    """
+    shape = "x".join(map(str, scale.shape)) or "scalar"
+    return add(graph, f"zero_point_{dtype.name.lower()}_{shape}", np.zeros(scale.shape), dtype)
+
+
 def free(graph: ir.Graph, name: str) -> str:
     """Return the name, numbered when an initializer, input or node output already has it."""
     taken = set(graph.initializers) | {v.name for v in graph.inputs}

@@ -6,6 +6,7 @@ fetches as many values as fit the bound, and the model runs once per slice over 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,7 @@ class Observer:
 
     def __init__(self, model: ir.Model, folder: Path, memory: int) -> None:
         self._memory = memory
-        self._path = folder / "observed.onnx"
-        self._path.unlink(missing_ok=True)
+        self._path = Path(tempfile.mkdtemp(prefix="observe-", dir=folder)) / "observed.onnx"
         save(model, self._path, external_above=0)
         self._proto = onnx.load(self._path, load_external_data=False)
         self._types = {v.name: v.dtype for node in model.graph for v in node.outputs}

@@ -7,7 +7,10 @@ every walk; what can be walked only once is written to files first. Memory holds
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
+import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +80,7 @@ def _spooled(
     batches: Iterable[Any], specs: Sequence[InputSpec], skip: int, folder: Path | None
 ) -> Source:
     """Write batches to files as they come, so that memory holds one of them."""
-    spool = tempfile.TemporaryDirectory(prefix="feeds-", dir=folder)
+    spool = _Spool(folder)
     files: list[tuple[str, Path]] = []
     walk = enumerate(batches)
     while True:
@@ -92,14 +95,25 @@ def _spooled(
                 f"feeds raised {type(error).__name__} after batch {len(files)}: {error}"
             ) from error
         where = f"batch {index}"
-        file = Path(spool.name, f"{index:06}.npz")
+        file = spool.path / f"{index:06}.npz"
         _write(file, checked(batch, specs, where, skip), specs)
         files.append((where, file))
     return Source(lambda: ((where, _read(file, specs)) for where, file in files), spool)
 
 
+class _Spool:
+    """A temporary folder that goes when nothing refers to this object any more, at exit at last."""
+
+    def __init__(self, folder: Path | None) -> None:
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix="feeds-", dir=folder))
+        except OSError as error:
+            raise DataError(f"cannot write feeds to {folder}: {error.strerror}") from error
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 def _write(file: Path, batch: Batch, specs: Sequence[InputSpec]) -> None:
-    """Write a checked batch; arrays by the input's number, since a name can be any text."""
+    """Write a checked batch; arrays by number, since a name can be any text."""
     arrays = {f"input_{i}": _storable(batch[spec.name]) for i, spec in enumerate(specs)}
     if LABELS in batch:
         arrays[LABELS] = batch[LABELS]
@@ -197,27 +211,27 @@ def _npz(file: Path) -> Batch:
     loaded = _load(file)
     if isinstance(loaded, np.ndarray):
         raise DataError(f"{file}: is a .npy file; expected .npz")
-    with loaded:
-        try:
-            return {name: loaded[name] for name in loaded.files}
-        except (ValueError, OSError, BadZipFile, EOFError) as error:
-            raise _unreadable(file, error) from error
+    return loaded
 
 
 def _npy(file: Path) -> Array:
     """Read a .npy file."""
     loaded = _load(file)
     if not isinstance(loaded, np.ndarray):
-        loaded.close()
         raise DataError(f"{file}: is a .npz file; expected .npy")
     return loaded
 
 
-def _load(file: Path) -> Any:
-    """Open a numpy file; pickled data is refused, since reading it could run anything."""
+def _load(file: Path) -> Array | Batch:
+    """Read a numpy file; pickled data is refused, since reading it could run anything."""
     try:
-        return np.load(file, allow_pickle=False)
-    except (ValueError, OSError, BadZipFile, EOFError) as error:
+        with file.open("rb") as reader:
+            loaded = np.load(reader, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            with loaded:
+                return {name: loaded[name] for name in loaded.files}
+    except (ValueError, OSError, BadZipFile, EOFError, zlib.error) as error:
         raise _unreadable(file, error) from error
 
 

@@ -99,7 +99,7 @@ class AssignBits(Pass):
             self._plan_activation(value, code, found, context, name)
         for node in model.graph:
             for output in node.outputs:
-                if output.name in found.why_float:
+                if output.name in found.why_float and output.name not in found.quantized:
                     notes.write(output, mode="float", why=f"{node.op_type}: {found.why_float[output.name]}")
                     self._remark_float(node, found.why_float[output.name], context)
 

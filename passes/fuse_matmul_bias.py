@@ -68,7 +68,7 @@ def _fuse(matmul: ir.Node, add: ir.Node, graph: ir.Graph) -> None:
     fused = constants.make_node(
         "MatMulIntegerToFloat",
         [
-            *(x.inputs[0], w.inputs[0], x.inputs[1], w.inputs[1], x.inputs[2], None),
+            *(x.inputs[0], w.inputs[0], x.inputs[1], w.inputs[1], x.inputs[2], w.inputs[2]),
             _other(add, matmul.outputs[0]),
         ],
         str(matmul.name),

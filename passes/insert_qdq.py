@@ -186,10 +186,14 @@ def _quantize_bias(graph: ir.Graph, node: ir.Node) -> None:
     codes = np.clip(np.rint(floats / scale.astype(np.float64)), -INT32, INT32).astype(np.int32)
     name = str(bias.name)
     stored = constants.add(graph, f"{name}_quantized", codes)
-    scale = scale if scale.size > 1 else scale[0]
+    scale = scale if scale.size > 1 else scale.reshape(())
     dequantize = constants.make_node(
         "DequantizeLinear",
-        [stored, constants.add(graph, f"{name}_scale", scale)],
+        [
+            stored,
+            constants.add(graph, f"{name}_scale", scale),
+            constants.zero_points(graph, scale, ir.DataType.INT32),
+        ],
         f"{name}_DequantizeLinear",
         like=bias,
         attributes={"axis": 0},

@@ -121,7 +121,7 @@ def _store(weight: Weight, codes: Codes, scale: Floats, format: Format, graph: i
             attributes = {"axis": axis, "block_size": size}
     node = constants.make_node(
         "DequantizeLinear",
-        [stored, scales],
+        [stored, scales, constants.zero_points(graph, scale, format.onnx_type)],
         f"{name}_DequantizeLinear",
         like=old,
         attributes=attributes,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..compiler import constants
 from ..compiler.contract import Context, Pass
@@ -38,6 +39,7 @@ class UnpackWeights(Pass):
             else:
                 _widen_to_float(node, model.graph)
                 changed += 1
+        RemoveUnusedNodesPass()(model)  # zero points of the narrow type
         return changed
 
 
@@ -69,6 +71,10 @@ def _widen_to_kernel(node: ir.Node, graph: ir.Graph) -> int:
     )
     graph.insert_before(node, cast)
     node.replace_input_with(0, cast.outputs[0])
+    scale = node.inputs[1]
+    assert scale is not None
+    assert scale.const_value is not None
+    node.replace_input_with(2, constants.zero_points(graph, scale.const_value.numpy(), kernel))
     return 1
 
 
@@ -93,5 +99,3 @@ def _widen_to_float(node: ir.Node, graph: ir.Graph) -> None:
     graph.insert_before(node, [cast, product])
     ir.convenience.replace_all_uses_with(output, product.outputs[0])
     graph.remove(node, safe=True)
-    if not tuple(scale.uses()):
-        graph.initializers.pop(str(scale.name))

@@ -1,9 +1,10 @@
 """Computes float16 and bfloat16 graphs in float32; callers notice nothing.
 
-before:  x: f16[n,4] -> MatMul(x, w: f16) -> y: f16[n,8]
-after:   x: f16[n,4] -> Cast(f32) -> MatMul(., w: f32) -> y_float32: f32 -> Cast(f16) -> y: f16[n,8]
+before:  x: f16 -> MatMul(x, w: f16) -> y: f16
+becomes
+after:   x: f16 -> Cast(to f32) -> MatMul(., w: f32) -> y_float32: f32 -> Cast(to f16) -> y: f16
 
-Inputs and outputs keep their types, with a Cast at each border; everything between becomes float32:
+Inputs and outputs keep their types, with a Cast at each border; all between becomes float32:
 initializers (exactly, since float32 holds every number of both), constants, the types of values,
 and the attributes that name a type. Intermediate results are no longer rounded to the narrow type.
 """
@@ -126,11 +127,19 @@ def _widen_attributes(node: ir.Node) -> int:
         if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in NARROW:
             node.attributes[name] = ir.AttrTensor(name, _widened(attribute.as_tensor()))
             changed += 1
-        elif name in TYPE_ATTRIBUTES and attribute.type == ir.AttributeType.INT:
-            if attribute.as_int() in NARROW:
-                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
-                changed += 1
+        elif _names_narrow(attribute):
+            node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+            changed += 1
     return changed
+
+
+def _names_narrow(attribute: ir.Attr) -> bool:
+    """Whether the attribute is a number that stands for float16 or bfloat16."""
+    return (
+        attribute.name in TYPE_ATTRIBUTES
+        and attribute.type == ir.AttributeType.INT
+        and attribute.as_int() in NARROW
+    )
 
 
 def _widen_value(value: ir.Value) -> None:
@@ -164,7 +173,7 @@ def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
 
 
 def _cast_source(graph: ir.Graph, value: ir.Value, taken: set[str]) -> bool:
-    """Let the readers of a narrow input read a Cast of it; Casts among them can stay as they are."""
+    """Let readers of a narrow input read a Cast of it; Casts among them stay as they are."""
     uses = [use for use in value.uses() if not is_standard(use.node, "Cast")]
     if not uses:
         return False
@@ -194,7 +203,8 @@ def _cast(source: ir.Value, result: ir.Value, dtype: ir.DataType, taken: set[str
 
 def _value_like(value: ir.Value, dtype: ir.DataType, name: str | None) -> ir.Value:
     """Return a new value of the same shape."""
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=value.shape)
+    shape = None if value.shape is None else value.shape.copy()
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
 
 
 def _new_name(wanted: str, taken: set[str]) -> str:
