@@ -102,7 +102,7 @@ def _spooled(
 
 
 class _Spool:
-    """A temporary folder that goes when nothing refers to this object any more, at exit at last."""
+    """A temporary folder that goes when nothing refers to this object any more."""
 
     def __init__(self, folder: Path | None) -> None:
         try:
