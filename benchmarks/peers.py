@@ -2,8 +2,10 @@
 
     python benchmarks/peers.py [--task cifar-resnet20] [--config minmax] [--rounds 40]
 
-Prints for each variant the task's metric, the SQNR of the outputs against the float model, the size
-of the file and how many times faster than float it is at batch 1 and 8, one thread, interleaved.
+Prints for each variant the task's metric, the SQNR of the outputs against the float model, the
+size of the file and how many times faster than float it is at batch 1 and 8, one thread,
+interleaved. Sentences are timed at 128 tokens each.
+
 Each configuration is what a careful user would write, as far as the tool allows: see `CONFIGS`.
 """
 
@@ -67,6 +69,7 @@ def _dynamic(model: Path, calib: Feeds, out: Path) -> None:
 
 
 _MINMAX, _PERCENTILE = q.CalibrationMethod.MinMax, q.CalibrationMethod.Percentile
+# Relu stays among the quantized operators: without it ResNet-20 loses 2.8 dB and a tenth of its speed.
 _CNN = {
     "defaults": _defaults,
     "minmax": _static(_MINMAX),
@@ -86,7 +89,9 @@ CONFIGS: dict[str, dict[str, Callable[[Path, Feeds, Path], None]]] = {
 }
 
 
-def make(task_name: str, config: str, model_path: Path, calib_feeds: Feeds, out_path: Path) -> None:
+def make(
+    task_name: str, config: str, model_path: Path, calib_feeds: Feeds, out_path: Path
+) -> None:
     """Write the variant that onnxruntime's quantizer makes of a float model.
 
     Args:
@@ -141,7 +146,9 @@ def compare(task_name: str, candidates: list[Candidate], rounds: int) -> Iterato
 
 def main() -> None:
     """Make and measure the chosen configurations, all of them by default."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--task", action="append", choices=list(CONFIGS))
     parser.add_argument("--config", action="append", help="default: all of the task's")
     parser.add_argument("--rounds", type=int, default=40)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +13,7 @@ import numpy.typing as npt
 from .contract import Progress, Runner, silent
 from .errors import DataError
 from .feeds import Feeds
+from .named import find, importable_cwd
 
 Array = npt.NDArray[Any]
 
@@ -95,14 +93,8 @@ def find_metric(text: str) -> Metric:
     """
     if text == "top1":
         return top1
-    module, _, attribute = text.partition(":")
-    try:
-        sys.path.insert(0, os.getcwd())
-        found: Metric = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise DataError(f"no metric {text!r}: {error}; expected top1 or package.module:function") from None
-    finally:
-        sys.path.pop(0)
+    with importable_cwd():
+        found: Metric = find(text, DataError)
     return found
 
 

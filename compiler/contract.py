@@ -165,6 +165,12 @@ class Target(Option, ABC):
     def recipe(self, precision: Precision) -> Recipe:
         """Return the default passes for a precision."""
 
+    def reference(self) -> Recipe:
+        """Return passes that make a source runnable by onnxruntime CPU, where it is not as it came."""
+        from .recipe import Recipe
+
+        return Recipe(())
+
     @abstractmethod
     def cost(self, node: ir.Node, format: Format | None) -> Cost:
         """Return what the node costs with its weight in `format` (None: float32)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,12 +15,14 @@ import onnx_ir as ir
 
 from . import compare, notes, runner
 from .artifact import REPORT, Artifact, fresh, seal, sha256, write_json
-from .contract import Context, Progress, Remark, Target, silent
+from .contract import Context, Progress, Remark, Runner, Target, silent
 from .errors import BudgetError, DataError, ModelError, RecipeError, UnsupportedError
+from .external import data_files
 from .feeds import Feeds, input_specs, made_up
 from .graph import is_float
 from .lookup import make_target
-from .model import load, refuse_non_finite, save
+from .model import load, refuse_non_finite, refuse_unsound, save
+from .named import is_name
 from .precision import Precision
 from .recipe import Recipe
 from .report import (
@@ -165,34 +167,28 @@ def _recipe(given: str | None, target: Target, precision: Precision) -> Recipe:
 def _source(model: str | Path | ir.Model | onnx.ModelProto, work: Path, stage: bool) -> _Source:
     """Load or export the model; what did not come from a file is written to one for the runtime."""
     path, name = None, "model"
-    if isinstance(model, str) and not model.endswith(".onnx") and ":" in model:
+    if isinstance(model, str) and is_name(model):
         from .export import from_text
 
         name, loaded = model, from_text(model)
     elif isinstance(model, str | Path):
         path, name = Path(model), Path(model).name
         loaded = load(path, stage=work / "staged" if stage else None)
+        path = next((work / "staged").glob(f"*/{path.name}"), path)  # where it was copied to, if it was
     elif isinstance(model, onnx.ModelProto):
         loaded = ir.from_proto(model)
     elif isinstance(model, ir.Model):
-        loaded = model
+        loaded = model.clone()
     else:
         raise ModelError(f"cannot compile a {type(model).__name__}: expected a path, ir.Model or ModelProto")
-    refuse_non_finite(loaded)
     if path is None:
+        refuse_unsound(loaded, name)
         path = work / "source.onnx"
         save(loaded, path)
-    data = {path.parent / str(t.location) for t in _external(loaded)}
-    files = [path, *sorted(data)]
-    digest = sha256(path) if len(files) == 1 else "+".join(sha256(file) for file in files)
+    refuse_non_finite(loaded)
+    files = [path, *data_files(path)]
+    digest = "+".join(sha256(file) for file in files)
     return _Source(name, loaded, path, digest, sum(file.stat().st_size for file in files))
-
-
-def _external(model: ir.Model) -> Iterable[ir.ExternalTensor]:
-    """Yield the tensors that lie beside the model file."""
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            yield value.const_value
 
 
 def _feeds(model: ir.Model, data: Any, check_data: Any, wanted: Options, work: Path) -> _Data:
@@ -282,7 +278,7 @@ class _Variant:
         """Compare source and variant on the check feeds, and time both in turns."""
         feeds, threads = self.feeds.check, self.wanted.threads
         assert feeds is not None
-        source, variant = open_runner(self.source.path, threads), self.target.open(entry, threads)
+        source, variant = self._reference(threads), self.target.open(entry, threads)
         metric = self.wanted.metric
         if metric is None and feeds.labels is not None:
             metric = "top1"
@@ -294,6 +290,20 @@ class _Variant:
             batch = next(iter(feeds.rebatched(size) if size else feeds))
             rows.append(LatencyRow.of(compare.latency(source, variant, batch, threads)))
         return AccuracyRow.of(accuracy), tuple(rows)
+
+
+    def _reference(self, threads: int) -> Runner:
+        """Open the source; one that onnxruntime cannot run as it came is rewritten by `reference`."""
+        passes = self.target.reference()
+        try:
+            return open_runner(self.source.path, threads)
+        except UnsupportedError:
+            if not passes.passes:
+                raise
+        path = self.work / f"{self.target.name}-reference.onnx"
+        rewritten, _ = runner.run(passes, self.source.model, Context(self.target.capability, self.work))
+        save(rewritten, path)
+        return open_runner(path, threads)
 
 
 def bits_per_weight(model: ir.Model) -> float | None:

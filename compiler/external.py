@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from .errors import DataError, ModelError
@@ -176,6 +177,18 @@ def _why_linked(folder: Path, location: str) -> str | None:
         return f"{location!r} is a link to {real}"
     links = real.stat().st_nlink
     return f"{location!r} has {links} hard links" if links > 1 else None
+
+
+def data_files(path: Path) -> list[Path]:
+    """Return the data files that a checked model file names, sorted."""
+    proto = onnx.load(path, load_external_data=False)
+    locations = {
+        entry.value
+        for tensor in proto.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return sorted(path.parent / os.path.normpath(location) for location in locations)
 
 
 def staged(model: ir.Model, path: Path, stage: Path) -> Path:

@@ -2,16 +2,17 @@
 
     python -m fourfold.examples.train_digits [FOLDER]
 
-FOLDER (default: `digits/` beside this file) must hold `digits.npz`: `images` uint8 [1797, 8, 8] with
-grey values 0..16, `labels` int64 [1797]. Written beside it:
+FOLDER (default: `digits/` beside this file) must hold `digits.npz`: `images` uint8 [1797, 8, 8]
+with grey values 0..16, `labels` int64 [1797]. Written beside it:
 
 - `digits.onnx`: float32, input `image` [n, 1, 8, 8] in 0..1, output `logits` [n, 10], `n` dynamic.
   BatchNormalization stays in the graph, unfolded, so that a compiler has something to do.
 - `calib.npz`: `image` float32 [300, 1, 8, 8], taken from the training samples.
 - `check.npz`: `image` float32 [450, 1, 8, 8] and `labels` int64 [450], held out from training.
 
-Needs the `torch` extra. Takes about twenty seconds on two cores. The split, the initial weights and the
-order of the batches come from one seed; another torch version or CPU may still round differently.
+Needs the `torch` extra. Takes about twenty seconds on two cores. The split, the initial weights
+and the order of the batches come from one seed; another torch version or CPU may still round
+differently.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def block(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
-class Residual(nn.Module):
+class Residual(nn.Module):  # type: ignore[misc]  # torch is read as untyped
     """Two blocks around a shortcut: [n, channels, h, w] to the same shape."""
 
     def __init__(self, channels: int) -> None:
@@ -53,7 +54,7 @@ class Residual(nn.Module):
         return functional.relu(x + self.second(functional.relu(self.first(x))))
 
 
-class DigitNet(nn.Module):
+class DigitNet(nn.Module):  # type: ignore[misc]  # torch is read as untyped
     """A small ResNet: [n, 1, 8, 8] grey images in 0..1 to [n, 10] logits."""
 
     def __init__(self) -> None:
@@ -73,7 +74,7 @@ class DigitNet(nn.Module):
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the images [n, 1, 8, 8], each moved by -1..1 pixels along both axes, zeros moved in."""
+    """Return the images [n, 1, 8, 8], moved by -1..1 pixels along both axes, zeros moved in."""
     rows = torch.arange(8)
     padded = functional.pad(images, (1, 1, 1, 1))
     move = torch.randint(0, 3, (2, len(images), 1), generator=generator)
@@ -97,7 +98,8 @@ def train(images: Tensor, labels: Tensor) -> DigitNet:
             loss.backward()
             optimizer.step()
             schedule.step()
-    return net.eval()
+    net.eval()
+    return net
 
 
 def export(net: DigitNet, path: Path) -> None:
@@ -122,7 +124,7 @@ def export(net: DigitNet, path: Path) -> None:
 
 
 def tidied(model: ir.Model) -> None:
-    """Fold the shapes and zero biases that the graph computes; drop the tracer's notes, in place."""
+    """Fold the shapes and zero biases the graph computes and drop the tracer's notes, in place."""
     fold_constants(model)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),

@@ -102,6 +102,12 @@ class Cpu(Target):
             )
         )
 
+    def reference(self) -> Recipe:
+        """Return the pass that runs bfloat16 models, for which onnxruntime has no CPU kernels."""
+        from ..passes.widen_floats import WidenFloats
+
+        return Recipe((WidenFloats(),))
+
     def cost(self, node: ir.Node, format: Format | None) -> Cost:
         """Return the stored bytes of the node's weight with its scales; seconds are not measured yet."""
         weight = weight_of(node)

@@ -1,0 +1,279 @@
+"""The command line. Exit codes: 0 ok, 1 our fault, 2 usage, model or data, 3 budget, 4 target."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .errors import DataError, FourfoldError
+
+if TYPE_CHECKING:
+    from .artifact import Artifact
+
+app = typer.Typer(
+    help="Compile a trained model once; run it on several targets.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Targets = Annotated[list[str], typer.Option("--target", "-t", help='Target, e.g. cpu or cpu{isa="avx2"}; repeat it.')]
+Data = Annotated[
+    str | None,
+    typer.Option(help=".npz, folder of .npy/.npz or test_data_set_*, or module:function."),
+]
+
+
+@app.command("compile")
+def compile_model(
+    model: Annotated[str, typer.Argument(help="A .onnx file, or package.module:function for PyTorch.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The artifact's folder.")],
+    target: Targets = ["cpu"],  # noqa: B006 - typer copies it
+    data: Data = None,
+    check: Annotated[str | None, typer.Option(help="Held-out feeds (with `labels` for a metric).")] = None,
+    precision: Annotated[str, typer.Option(help="w8a8, w4a8, w2a8; w8, w4 for weights only.")] = "w8a8",
+    ranges: Annotated[str, typer.Option(help="Activation ranges: auto, static or dynamic.")] = "auto",
+    recipe: Annotated[str | None, typer.Option(help="Passes to run instead: text, or a .toml file.")] = None,
+    metric: Annotated[str | None, typer.Option(help="top1, or module:function.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Largest drop of the metric; else exit 3.")] = None,
+    memory: Annotated[str, typer.Option(help="Bound on activations held at once, e.g. 500MB.")] = "1GB",
+    threads: Annotated[int, typer.Option(min=1, help="Threads while latency is measured.")] = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    stage: Annotated[bool, typer.Option("--stage", help="Copy a model of a linked store first.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older artifact.")] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Do not compare with the source.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compile MODEL, check every variant against it, and report."""
+    from .driver import compile
+
+    with _progress(quiet or as_json) as progress:
+        artifact = compile(
+            model,
+            out,
+            data,
+            check,
+            progress,
+            targets=tuple(target),
+            precision=precision,
+            ranges=_one_of(ranges, "ranges", ("auto", "static", "dynamic")),
+            recipe=recipe,
+            metric=metric,
+            max_drop=max_drop,
+            seed=seed,
+            memory=_bytes(memory),
+            threads=threads,
+            stage=stage,
+            force=force,
+            check=not no_check,
+        )
+    _show_report(artifact, as_json, quiet)
+
+
+@app.command()
+def run(
+    artifact: Annotated[Path, typer.Argument(help="A folder that compile wrote.")],
+    data: Annotated[str, typer.Option(help="Feeds, as for compile.")],
+    target: Annotated[str, typer.Option("--target", "-t")] = "cpu",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the outputs to this .npz.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a compiled variant over feeds in its real runtime."""
+    import numpy as np
+
+    from .artifact import Artifact
+    from .feeds import Feeds, input_specs
+    from .lookup import make_target
+    from .model import load
+
+    one = make_target(target)
+    entry = Artifact(artifact).entry(one.name)
+    if out is not None and out.exists():
+        raise DataError(f"{out} exists; choose another file")
+    feeds = Feeds.read(data, input_specs(load(entry)))
+    runner = one.open(entry)
+    parts = [runner(batch) for batch in feeds]
+    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if out is not None:
+        np.savez(out, allow_pickle=False, **outputs)
+    facts = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in outputs.items()}
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        for name, array in outputs.items():
+            typer.echo(f"{name}: {array.dtype} {list(array.shape)}, mean {array.mean():.6g}, std {array.std():.6g}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A model file or an artifact folder.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a model or an artifact holds."""
+    from . import tables
+    from .artifact import Artifact
+
+    if path.is_dir():
+        _show_report(Artifact(path), as_json, quiet=False)
+    elif as_json:
+        typer.echo(json.dumps(tables.model_facts(path)))
+    else:
+        tables.print_model(Console(), tables.model_facts(path))
+
+
+@app.command()
+def explain(
+    artifact: Annotated[Path, typer.Argument(help="A folder that compile wrote.")],
+    target: Annotated[str, typer.Option("--target", "-t")] = "cpu",
+    name: Annotated[str | None, typer.Option(help="Only values and remarks whose name holds this.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which format every value got, what stayed float, and why."""
+    from . import tables
+    from .artifact import Artifact
+
+    opened = Artifact(artifact)
+    opened.entry(target)
+    report = next(r for r in opened.report.targets if r.target.partition("{")[0] == target)
+    facts = tables.explanation(opened.plan(target), report, name or "")
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        tables.print_explanation(Console(), facts)
+
+
+@app.command()
+def passes(as_json: Json = False) -> None:
+    """List the passes and their options."""
+    _list("passes", as_json)
+
+
+@app.command()
+def targets(as_json: Json = False) -> None:
+    """List the targets and their options."""
+    _list("targets", as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o")] = Path("build/digits"),
+    precision: Annotated[str, typer.Option()] = "w8a8",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compile the digits model that comes with fourfold, and check it."""
+    from importlib.resources import as_file, files
+
+    from .driver import compile
+
+    home = (__package__ or "fourfold.compiler").rpartition(".")[0]
+    with as_file(files(f"{home}.examples") / "digits") as folder, _progress(quiet or as_json) as progress:
+        artifact = compile(
+            folder / "digits.onnx",
+            out,
+            folder / "calib.npz",
+            folder / "check.npz",
+            progress,
+            precision=precision,
+            force=True,
+        )
+    _show_report(artifact, as_json, quiet)
+
+
+def main() -> None:
+    """Run the command line; a `FourfoldError` ends it with one line and its exit code."""
+    try:
+        app()
+    except FourfoldError as error:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        typer.echo(f"error: {error}{notes}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _show_report(artifact: Artifact, as_json: bool, quiet: bool) -> None:
+    """Print the report of an artifact."""
+    from . import tables
+
+    if as_json:
+        typer.echo(json.dumps(artifact.report.to_json()))
+    elif not quiet:
+        tables.print_report(Console(), artifact)
+
+
+def _list(kind: Literal["passes", "targets"], as_json: bool) -> None:
+    """Print every pass or target with its options."""
+    from . import tables
+
+    facts = tables.catalogue(kind)
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        tables.print_catalogue(Console(), facts)
+
+
+@contextmanager
+def _progress(silent: bool) -> Iterator[Any]:
+    """Yield a wrapper for long steps: bars on a terminal, nothing in a log."""
+    console = Console(stderr=True)
+    if silent or not console.is_terminal:
+        from .contract import silent as nothing
+
+        yield nothing
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+
+        def watch(steps: Iterable[Any], title: str, total: int | None = None) -> Iterator[Any]:
+            task = bars.add_task(title, total=total)
+            try:
+                for step in steps:
+                    yield step
+                    bars.advance(task)
+            finally:
+                bars.remove_task(task)
+
+        yield watch
+
+
+def _bytes(text: str) -> int:
+    """Read `500MB`, `2GB` or a number of bytes.
+
+    Raises:
+        DataError: It is none of these.
+    """
+    units = {"kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "b": 1}
+    plain = text.strip().lower()
+    unit = next((u for u in sorted(units, key=len, reverse=True) if plain.endswith(u)), "")
+    try:
+        amount = float(plain.removesuffix(unit)) * units.get(unit, 1)
+    except ValueError:
+        amount = 0
+    if amount < 1:
+        raise DataError(f"not an amount of memory: {text!r}; expected e.g. 500MB or 2GiB")
+    return int(amount)
+
+
+def _one_of(text: str, option: str, choices: tuple[str, ...]) -> Any:
+    """Return the text when it is one of the choices.
+
+    Raises:
+        DataError: It is not.
+    """
+    if text not in choices:
+        raise DataError(f"--{option} {text!r}: expected one of {', '.join(choices)}")
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Prints reports, plans and catalogues as tables, and gathers the facts that they show."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .artifact import Artifact
+from .contract import Option, Pass, Target
+from .lookup import load, names
+from .report import Report, TargetReport
+
+
+def print_report(console: Console, artifact: Artifact) -> None:
+    """Print a column a target beside the source, and below it what a reader must not miss."""
+    report = artifact.report
+    source = report.source
+    console.print(
+        f"[bold]{escape(source.name)}[/bold]  opset {source.opset}, {source.nodes} nodes, "
+        f"{_size(source.file_bytes)}; {_feeds(report)}"
+    )
+    table = Table("", "source", *(f"{r.target} {r.precision}" for r in report.targets), box=None, pad_edge=False)
+    for line in _lines(report):
+        table.add_row(*line)
+    console.print(table)
+    for row in report.targets:
+        for line in row.verdict:
+            console.print(f"[bold red]{escape(row.target)}: {escape(line)}[/bold red]")
+        for name, why in row.stayed_float.items():
+            console.print(f"{escape(row.target)}: {escape(name)} ran in float: {escape(why)}")
+    remarks = sum(len(row.remarks) for row in report.targets)
+    console.print(f"{artifact.folder}: {remarks} remarks; see `fourfold explain {artifact.folder}`", highlight=False)
+
+
+def _feeds(report: Report) -> str:
+    """Say what calibrated and what checked."""
+    parts = []
+    if report.calibration is not None:
+        parts.append(f"calibrated on {report.calibration.samples} samples")
+    if report.check is None:
+        parts.append("NOT CHECKED")
+    else:
+        kind = "random (no data given)" if report.check.made_up else "held-out"
+        kind = kind if report.check.held_out else "the calibration's own"
+        parts.append(f"checked on {report.check.samples} {kind} samples")
+    return ", ".join(parts)
+
+
+def _lines(report: Report) -> list[list[str]]:
+    """Return the lines of the table: a name, the source's figure, each target's."""
+    rows = report.targets
+    source = report.source.file_bytes
+    lines = [
+        ["size", _size(source), *(f"{_size(r.file_bytes)} ({r.file_bytes / source:.0%})" for r in rows)],
+        ["stored bits per weight", "", *(_number(r.bits_per_weight, ".2f") for r in rows)],
+    ]
+    checked = [r.accuracy for r in rows if r.accuracy is not None]
+    if len(checked) < len(rows):
+        return lines
+    lines.append(["SQNR of the outputs", "", *(f"{a.sqnr_db:.1f} dB" for a in checked)])
+    lines.append(["cosine", "", *(f"{a.cosine:.5f}" for a in checked)])
+    if any(a.agreement is not None for a in checked):
+        lines.append(["same largest class", "", *(_number(a.agreement, ".1%") for a in checked)])
+    if checked[0].metric is not None:
+        scores = [f"{a.variant_score:.2f} (drop {a.drop:+.2f})" for a in checked]
+        lines.append([checked[0].metric, _number(checked[0].source_score, ".2f"), *scores])
+    for index, latency in enumerate(rows[0].latency):
+        times = (r.latency[index] for r in rows)
+        shown = (f"{t.variant * 1e3:.2f} ms, {t.ratio:.2f}x" for t in times)
+        threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
+        lines.append([f"batch {latency.batch}, {threads}", f"{latency.source * 1e3:.2f} ms", *shown])
+    return lines
+
+
+def _number(value: float | None, form: str) -> str:
+    """Print a figure, or a dash where there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def _size(count: int) -> str:
+    """Print bytes in the unit that suits them (1 kB = 1000 bytes)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"
+
+
+def model_facts(path: Path) -> dict[str, Any]:
+    """Return what a model file holds, as plain data.
+
+    Raises:
+        ModelError: It is no sound model.
+    """
+    from .graph import weight_of
+    from .model import load as load_model
+
+    model = load_model(path)
+    graph = model.graph
+    types: Counter[str] = Counter()
+    for value in graph.initializers.values():
+        if value.const_value is not None:
+            types[value.const_value.dtype.name.lower()] += value.const_value.nbytes
+    weights = sum(1 for node in graph if weight_of(node) is not None)
+    return {
+        "model": path.name,
+        "ir_version": model.ir_version,
+        "opsets": dict(graph.opset_imports),
+        "inputs": [f"{v.name}: {v.type} {v.shape}" for v in graph.inputs],
+        "outputs": [f"{v.name}: {v.type} {v.shape}" for v in graph.outputs],
+        "operators": dict(Counter(node.op_type for node in graph.all_nodes()).most_common()),
+        "weight_bytes": dict(types),
+        "quantizable_layers": weights,
+    }
+
+
+def print_model(console: Console, facts: dict[str, Any]) -> None:
+    """Print the facts of a model."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            shown = ", ".join(f"{k or 'ai.onnx'} {_size(v) if key == 'weight_bytes' else v}" for k, v in value.items())
+        else:
+            shown = "\n".join(value) if isinstance(value, list) else str(value)
+        table.add_row(f"[bold]{key.replace('_', ' ')}[/bold]", escape(shown))
+    console.print(table)
+
+
+def explanation(plan: dict[str, dict[str, Any]], report: TargetReport, part: str) -> dict[str, Any]:
+    """Return the plan, the float kernels and the remarks whose name holds `part`."""
+    return {
+        "target": report.target,
+        "capability": report.capability,
+        "recipe": report.recipe,
+        "plan": {name: note for name, note in plan.items() if part in name},
+        "kernels": report.kernels,
+        "stayed_float": report.stayed_float,
+        "remarks": [r.model_dump() for r in report.remarks if part in r.subject],
+    }
+
+
+def print_explanation(console: Console, facts: dict[str, Any]) -> None:
+    """Print a plan and its remarks."""
+    console.print(f"[bold]{escape(facts['target'])}[/bold] on {facts['capability']}")
+    console.print(f"recipe  {facts['recipe']}", highlight=False, markup=False)
+    table = Table("value", "decision", "range", "why", box=None, pad_edge=False)
+    for name, note in facts["plan"].items():
+        decision = note.get("format", "float") if note.get("mode") != "float" else "float"
+        decision += " dynamic" if note.get("mode") == "dynamic" else ""
+        range_ = f"{note['low']:.4g} .. {note['high']:.4g}" if note.get("low") is not None else ""
+        table.add_row(*map(escape, (name, decision, range_, note.get("why", ""))))
+    console.print(table)
+    console.print("kernels " + ", ".join(f"{k} {v}" for k, v in facts["kernels"].items()), highlight=False)
+    for name, why in facts["stayed_float"].items():
+        console.print(f"ran in float: {escape(name)}: {escape(why)}", highlight=False)
+    for remark in facts["remarks"]:
+        console.print(
+            f"{remark['source']}: {escape(remark['subject'])}: {escape(remark['reason'])}", highlight=False
+        )
+
+
+def catalogue(kind: Literal["passes", "targets"]) -> list[dict[str, Any]]:
+    """Return name, summary and options of every pass or target."""
+    contract: type[Option] = Pass if kind == "passes" else Target
+    rows = []
+    for name in names(kind):
+        found = load(contract, name)
+        missing = found().missing() if issubclass(found, Target) else None  # type: ignore[call-arg]
+        rows.append(
+            {
+                "name": name,
+                "summary": inspect.cleandoc(found.__doc__ or "").partition("\n")[0],
+                "options": {key: field.default for key, field in found.model_fields.items()},
+                "install": f"pip install 'fourfold[{missing}]'" if missing else None,
+            }
+        )
+    return rows
+
+
+def print_catalogue(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Print names, summaries and options with their defaults."""
+    table = Table("name", "what it does", "options", box=None, pad_edge=False)
+    for row in rows:
+        options = " ".join(f"{key}={value!r}" for key, value in row["options"].items())
+        summary = row["summary"] + (f" ({row['install']})" if row["install"] else "")
+        table.add_row(*map(escape, (row["name"], summary, options)))
+    console.print(table)
