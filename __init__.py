@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .compiler.contract import Context as Context
     from .compiler.contract import Pass as Pass
     from .compiler.contract import Target as Target
-    from .compiler.driver import compile as compile  # noqa: A004 - the name people expect
+    from .compiler.driver import compile as compile
     from .compiler.export import export as export
     from .compiler.feeds import Feeds as Feeds
     from .compiler.formats import Format as Format
@@ -41,7 +41,7 @@ _HOMES = {
     "export": "export",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [*_HOMES]  # noqa: PLE0604 - one list is kept, above
 
 
 def __getattr__(name: str) -> object:

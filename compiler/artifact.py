@@ -24,7 +24,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Artifact:
-    """What one compile left: `folder` holds manifest, report, recipe, plan and a folder a target."""
+    """What one compile left in `folder`: manifest, report, plan, and a folder for each target."""
 
     folder: Path
 
@@ -51,7 +51,9 @@ class Artifact:
         try:
             return Report.model_validate(self._json(REPORT))
         except ValidationError as error:
-            raise DataError(f"{self.folder / REPORT} does not fit the schema: {error.errors()[0]}") from None
+            raise DataError(
+                f"{self.folder / REPORT} does not fit the schema: {error.errors()[0]}"
+            ) from None
 
     def entry(self, target: str) -> Path:
         """Return the model file of one target.
@@ -61,7 +63,9 @@ class Artifact:
         """
         variants = self.manifest.get("variants", {})
         if target not in variants:
-            raise DataError(f"{self.folder} has no variant for {target!r}; it has {sorted(variants)}")
+            raise DataError(
+                f"{self.folder} has no variant for {target!r}; it has {sorted(variants)}"
+            )
         path = (self.folder / str(variants[target])).resolve()
         if not path.is_relative_to(self.folder.resolve()):
             raise DataError(f"the manifest's path {variants[target]!r} leaves the artifact")
@@ -90,8 +94,9 @@ class Artifact:
 def fresh(out: Path, force: bool) -> Iterator[tuple[Path, Path]]:
     """Yield (build, work): two new folders beside `out`; `build` becomes `out` when all went well.
 
-    Whatever happens, nothing but a finished artifact appears under `out`, and an older one stays until
-    the new one is ready. A killed process leaves at most a hidden `.<name>.partial-*` folder behind.
+    Whatever happens, nothing but a finished artifact appears under `out`, and an older one stays
+    until the new one is ready. A killed process leaves at most a hidden `.<name>.partial-*` folder
+    behind.
 
     Raises:
         DataError: `out` exists (and `force` is off) or cannot be written.
@@ -128,9 +133,9 @@ def seal(build: Path, facts: dict[str, Any]) -> None:
     write_json(build / MANIFEST, {**facts, "files": files})
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any, *, sort: bool = True) -> None:
     """Write JSON that is the same for the same data."""
-    path.write_text(json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    path.write_text(json.dumps(data, indent=2, sort_keys=sort, allow_nan=False) + "\n")
 
 
 def sha256(path: Path) -> str:

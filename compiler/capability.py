@@ -74,7 +74,9 @@ class Capability:
     def legal(self, op_type: str, weight: Format | None, activation: str) -> Legality | None:
         """Return the row that covers this form, or None."""
         forms = self.widened if activation == "float" else self.rows
-        return next((r for r in forms if r.op_type == op_type and r.takes(weight, activation)), None)
+        return next(
+            (r for r in forms if r.op_type == op_type and r.takes(weight, activation)), None
+        )
 
     def rows_of(self, op_type: str) -> list[Legality]:
         """Return every row of one op."""

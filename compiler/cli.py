@@ -27,7 +27,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Targets = Annotated[list[str], typer.Option("--target", "-t", help='Target, e.g. cpu or cpu{isa="avx2"}; repeat it.')]
+Targets = Annotated[
+    list[str],
+    typer.Option("--target", "-t", help='Target, e.g. cpu or cpu{isa="avx2"}; repeat it.'),
+]
 Data = Annotated[
     str | None,
     typer.Option(help=".npz, folder of .npy/.npz or test_data_set_*, or module:function."),
@@ -35,23 +38,41 @@ Data = Annotated[
 
 
 @app.command("compile")
-def compile_model(
-    model: Annotated[str, typer.Argument(help="A .onnx file, or package.module:function for PyTorch.")],
+def compile_model(  # noqa: PLR0913, PLR0917 - a command's options are its parameters
+    model: Annotated[
+        str, typer.Argument(help="A .onnx file, or package.module:function for PyTorch.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The artifact's folder.")],
     target: Targets = ["cpu"],  # noqa: B006 - typer copies it
     data: Data = None,
-    check: Annotated[str | None, typer.Option(help="Held-out feeds (with `labels` for a metric).")] = None,
-    precision: Annotated[str, typer.Option(help="w8a8, w4a8, w2a8; w8, w4 for weights only.")] = "w8a8",
-    ranges: Annotated[str, typer.Option(help="Activation ranges: auto, static or dynamic.")] = "auto",
-    recipe: Annotated[str | None, typer.Option(help="Passes to run instead: text, or a .toml file.")] = None,
+    check: Annotated[
+        str | None, typer.Option(help="Held-out feeds (with `labels` for a metric).")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="w8a8, w4a8, w2a8; w8, w4 for weights only.")
+    ] = "w8a8",
+    ranges: Annotated[
+        str, typer.Option(help="Activation ranges: auto, static or dynamic.")
+    ] = "auto",
+    recipe: Annotated[
+        str | None, typer.Option(help="Passes to run instead: text, or a .toml file.")
+    ] = None,
     metric: Annotated[str | None, typer.Option(help="top1, or module:function.")] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Largest drop of the metric; else exit 3.")] = None,
-    memory: Annotated[str, typer.Option(help="Bound on activations held at once, e.g. 500MB.")] = "1GB",
+    max_drop: Annotated[
+        float | None, typer.Option(help="Largest drop of the metric; else exit 3.")
+    ] = None,
+    memory: Annotated[
+        str, typer.Option(help="Bound on activations held at once, e.g. 500MB.")
+    ] = "1GB",
     threads: Annotated[int, typer.Option(min=1, help="Threads while latency is measured.")] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    stage: Annotated[bool, typer.Option("--stage", help="Copy a model of a linked store first.")] = False,
+    stage: Annotated[
+        bool, typer.Option("--stage", help="Copy a model of a linked store first.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an older artifact.")] = False,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Do not compare with the source.")] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not compare with the source.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -86,7 +107,9 @@ def run(
     artifact: Annotated[Path, typer.Argument(help="A folder that compile wrote.")],
     data: Annotated[str, typer.Option(help="Feeds, as for compile.")],
     target: Annotated[str, typer.Option("--target", "-t")] = "cpu",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the outputs to this .npz.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the outputs to this .npz.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a compiled variant over feeds in its real runtime."""
@@ -112,7 +135,10 @@ def run(
         typer.echo(json.dumps(facts))
     else:
         for name, array in outputs.items():
-            typer.echo(f"{name}: {array.dtype} {list(array.shape)}, mean {array.mean():.6g}, std {array.std():.6g}")
+            typer.echo(
+                f"{name}: {array.dtype} {list(array.shape)}, "
+                f"mean {array.mean():.6g}, std {array.std():.6g}"
+            )
 
 
 @app.command()
@@ -136,7 +162,9 @@ def inspect(
 def explain(
     artifact: Annotated[Path, typer.Argument(help="A folder that compile wrote.")],
     target: Annotated[str, typer.Option("--target", "-t")] = "cpu",
-    name: Annotated[str | None, typer.Option(help="Only values and remarks whose name holds this.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Only values and remarks whose name holds this.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say which format every value got, what stayed float, and why."""
@@ -178,7 +206,10 @@ def demo(
     from .driver import compile
 
     home = (__package__ or "fourfold.compiler").rpartition(".")[0]
-    with as_file(files(f"{home}.examples") / "digits") as folder, _progress(quiet or as_json) as progress:
+    with (
+        as_file(files(f"{home}.examples") / "digits") as folder,
+        _progress(quiet or as_json) as progress,
+    ):
         artifact = compile(
             folder / "digits.onnx",
             out,
@@ -231,7 +262,12 @@ def _progress(silent: bool) -> Iterator[Any]:
 
         yield nothing
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bars:
 
         def watch(steps: Iterable[Any], title: str, total: int | None = None) -> Iterator[Any]:
@@ -252,7 +288,15 @@ def _bytes(text: str) -> int:
     Raises:
         DataError: It is none of these.
     """
-    units = {"kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "b": 1}
+    units = {
+        "kb": 1000,
+        "mb": 1000**2,
+        "gb": 1000**3,
+        "kib": 1 << 10,
+        "mib": 1 << 20,
+        "gib": 1 << 30,
+        "b": 1,
+    }
     plain = text.strip().lower()
     unit = next((u for u in sorted(units, key=len, reverse=True) if plain.endswith(u)), "")
     try:

@@ -1,4 +1,4 @@
-"""Compares a variant with its source on the same feeds: SQNR, cosine, agreement, metric, latency."""
+"""Compares a variant with its source on the same feeds: SQNR, agreement, metric, latency."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ Array = npt.NDArray[Any]
 class Metric(Protocol):
     """Scores outputs; an attribute `lower_is_better = True` turns the direction of a drop."""
 
-    def __call__(self, outputs: dict[str, Array], feeds: dict[str, Array], labels: Array | None) -> float:
+    def __call__(
+        self, outputs: dict[str, Array], feeds: dict[str, Array], labels: Array | None
+    ) -> float:
         """Return the score of all check samples; arrays have the samples along axis 0."""
         ...
 
@@ -99,7 +101,11 @@ def find_metric(text: str) -> Metric:
 
 
 def compare(
-    source: Runner, variant: Runner, feeds: Feeds, metric: Metric | None, progress: Progress = silent
+    source: Runner,
+    variant: Runner,
+    feeds: Feeds,
+    metric: Metric | None,
+    progress: Progress = silent,
 ) -> Comparison:
     """Run both over the feeds and measure the difference.
 
@@ -125,7 +131,14 @@ def compare(
     name = getattr(metric, "__name__", "metric")
     drop = sign * (before - after)
     return Comparison(
-        result.sqnr_db, result.cosine, result.agreement, result.max_error, name, before, after, drop
+        result.sqnr_db,
+        result.cosine,
+        result.agreement,
+        result.max_error,
+        name,
+        before,
+        after,
+        drop,
     )
 
 
@@ -142,7 +155,10 @@ class _Tally:
         if not names:
             raise DataError(f"no float outputs to compare, only {sorted(expected)}")
         count = len(expected[names[0]]) if expected[names[0]].ndim else 1
-        flat = [np.concatenate([_rows(side[n], count) for n in names], axis=1) for side in (expected, got)]
+        flat = [
+            np.concatenate([_rows(side[n], count) for n in names], axis=1)
+            for side in (expected, got)
+        ]
         reference, actual = flat
         if not np.isfinite(reference).all():
             raise DataError("the source model's outputs are not finite on the check feeds")
@@ -162,9 +178,15 @@ class _Tally:
 
     def result(self) -> Comparison:
         """Return the figures of everything added."""
-        sqnr = float("inf") if self.noise == 0 else 10 * np.log10(max(self.power, 1e-300) / self.noise)
+        sqnr = (
+            float("inf")
+            if self.noise == 0
+            else 10 * np.log10(max(self.power, 1e-300) / self.noise)
+        )
         agreement = self.same / self.positions if self.positions else None
-        return Comparison(float(sqnr), self.cosines / max(self.samples, 1), agreement, self.max_error)
+        return Comparison(
+            float(sqnr), self.cosines / max(self.samples, 1), agreement, self.max_error
+        )
 
 
 def _is_float(array: Array) -> bool:
@@ -187,10 +209,14 @@ def _joined(parts: list[dict[str, Array]]) -> dict[str, Array]:
     try:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     except ValueError as error:
-        raise DataError(f"a metric needs samples of one shape; pad the check feeds: {error}") from None
+        raise DataError(
+            f"a metric needs samples of one shape; pad the check feeds: {error}"
+        ) from None
 
 
-def _score(metric: Metric, outputs: dict[str, Array], feeds: dict[str, Array], labels: Array | None) -> float:
+def _score(
+    metric: Metric, outputs: dict[str, Array], feeds: dict[str, Array], labels: Array | None
+) -> float:
     """Call the user's metric."""
     try:
         return float(metric(outputs, feeds, labels))
@@ -207,7 +233,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
         call()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
-        order = list(runs) if number % 2 == 0 else list(reversed(runs))
+        order = list(runs)[:: 1 if number % 2 == 0 else -1]
         for name in order:
             start = time.perf_counter()
             runs[name]()
@@ -224,8 +250,10 @@ def latency(
     variant(batch)
     pair = max(time.perf_counter() - start, 1e-6)
     rounds = int(np.clip(budget / pair, 5, 200))
-    seconds = interleaved({"source": lambda: source(batch), "variant": lambda: variant(batch)}, rounds)
+    seconds = interleaved(
+        {"source": lambda: source(batch), "variant": lambda: variant(batch)}, rounds
+    )
     ratios = np.divide(seconds["source"], seconds["variant"])
     samples = len(next(iter(batch.values())))
-    medians = (float(np.median(seconds[name])) for name in ("source", "variant"))
-    return Latency(samples, *medians, float(np.median(ratios)), rounds, threads)
+    before, after = (float(np.median(seconds[name])) for name in ("source", "variant"))
+    return Latency(samples, before, after, float(np.median(ratios)), rounds, threads)

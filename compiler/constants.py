@@ -23,8 +23,8 @@ def add(
 ) -> ir.Value:
     """Add an initializer and return its value; `dtype` stores codes in a narrower container.
 
-    A taken name gets a number. An array that is already there under the name with the same content is
-    shared, which keeps one scale for all readers of one value.
+    A taken name gets a number. An array that is already there under the name with the same content
+    is shared, which keeps one scale for all readers of one value.
     """
     data = np.asarray(array)
     if dtype is not None:

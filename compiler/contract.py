@@ -1,7 +1,7 @@
 """The two contracts: a Pass rewrites or decides, a Target emits and runs.
 
-Both are frozen pydantic models whose fields are their options, so that an unknown or ill-typed option
-is refused before anything runs. The name of either is the name of its file, with hyphens.
+Both are frozen pydantic models whose fields are their options, so that an unknown or ill-typed
+option is refused before anything runs. The name of either is the name of its file, with hyphens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Remark:
 class Progress(Protocol):
     """Wraps an iterable so that a person can watch it; the default watches nothing."""
 
-    def __call__(self, steps: Iterable[Any], title: str, total: int | None = None) -> Iterable[Any]:
+    def __call__(
+        self, steps: Iterable[Any], title: str, total: int | None = None
+    ) -> Iterable[Any]:
         """Yield the steps unchanged."""
         ...
 
@@ -106,8 +108,8 @@ def _text(value: Any) -> str:
 class Pass(Option, ABC):
     """One rewrite or one decision.
 
-    `run` edits the model in place and returns how many places changed; `requires` yields a line for
-    every need that is not met. A pass holds no state beside its options.
+    `run` edits the model in place and returns how many places changed; `requires` yields a line
+    for every need that is not met. A pass holds no state beside its options.
     """
 
     kind: ClassVar[str] = "passes"
@@ -166,7 +168,7 @@ class Target(Option, ABC):
         """Return the default passes for a precision."""
 
     def reference(self) -> Recipe:
-        """Return passes that make a source runnable by onnxruntime CPU, where it is not as it came."""
+        """Return passes that let onnxruntime CPU run a source that it refuses as it came."""
         from .recipe import Recipe
 
         return Recipe(())

@@ -1,4 +1,4 @@
-"""The way of a model, from a file to a checked artifact: one function that reads from top to bottom."""
+"""The way of a model from a file to a checked artifact; `compile` reads from top to bottom."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Options:
         precision: `w8a8`, `w4a8`, `w2a8`, or `w8` and so on for weights only.
         ranges: Where activation ranges come from; see `Precision`.
         recipe: A recipe instead of the target's own: text, or the path of a .toml file.
-        plan: A plan.json to obey instead of deciding anew, by target.
-        metric: `top1`, `module:function` or a function; scores outputs. Default: top1 if there are labels.
+        metric: `top1`, `module:function` or a function; scores outputs. Default: top1 if there are
+        labels.
         max_drop: Budget on the metric's drop, in the metric's unit.
         seed: Seed of everything that draws.
         memory: Bound in bytes on the activations held at once during calibration.
@@ -108,10 +108,12 @@ def compile(
     """Compile a model for one or several targets and check every variant against it.
 
     Args:
-        model: A .onnx file, `package.module:function` for PyTorch, an `onnx_ir.Model` or a ModelProto.
+        model: A .onnx file, `package.module:function` for PyTorch, an `onnx_ir.Model` or a
+        ModelProto.
         out: The artifact's folder; must not exist (unless `force`).
         data: Calibration feeds: anything that `Feeds.read` takes.
-        check_data: Held-out feeds, with `labels` for a metric; without them every fifth sample of `data`
+        check_data: Held-out feeds, with `labels` for a metric; without them every fifth sample of
+        `data`
             is held out.
         progress: Shows long steps.
         **options: The fields of `Options`.
@@ -139,9 +141,12 @@ def compile(
     with fresh(Path(out), wanted.force) as (build, work):
         source = _source(model, work, wanted.stage)
         feeds = _feeds(source.model, data, check_data, wanted, work)
+        metric = _metric(wanted, feeds)
         reports, variants, plans = [], {}, {}
         for target, recipe in zip(targets, recipes, strict=True):
-            one = _Variant(target, recipe, precision, source, feeds, wanted, build, work, progress)
+            one = _Variant(
+                target, recipe, precision, source, feeds, metric, wanted, build, work, progress
+            )
             report, entry, plan = one.compile()
             reports.append(report)
             variants[target.name] = str(entry.relative_to(build))
@@ -165,7 +170,7 @@ def _recipe(given: str | None, target: Target, precision: Precision) -> Recipe:
 
 
 def _source(model: str | Path | ir.Model | onnx.ModelProto, work: Path, stage: bool) -> _Source:
-    """Load or export the model; what did not come from a file is written to one for the runtime."""
+    """Load or export the model; what came from memory is written to a file for the runtime."""
     path, name = None, "model"
     if isinstance(model, str) and is_name(model):
         from .export import from_text
@@ -174,13 +179,17 @@ def _source(model: str | Path | ir.Model | onnx.ModelProto, work: Path, stage: b
     elif isinstance(model, str | Path):
         path, name = Path(model), Path(model).name
         loaded = load(path, stage=work / "staged" if stage else None)
-        path = next((work / "staged").glob(f"*/{path.name}"), path)  # where it was copied to, if it was
+        path = next(
+            (work / "staged").glob(f"*/{path.name}"), path
+        )  # where it was copied to, if it was
     elif isinstance(model, onnx.ModelProto):
         loaded = ir.from_proto(model)
     elif isinstance(model, ir.Model):
         loaded = model.clone()
     else:
-        raise ModelError(f"cannot compile a {type(model).__name__}: expected a path, ir.Model or ModelProto")
+        raise ModelError(
+            f"cannot compile a {type(model).__name__}: expected a path, ir.Model or ModelProto"
+        )
     if path is None:
         refuse_unsound(loaded, name)
         path = work / "source.onnx"
@@ -200,7 +209,9 @@ def _feeds(model: ir.Model, data: Any, check_data: Any, wanted: Options, work: P
     if not wanted.check:
         return _Data(calibration, None, True)
     if check_data is not None:
-        return _Data(calibration, Feeds.read(check_data, inputs, CALIBRATION_BATCH, folder=work), True)
+        return _Data(
+            calibration, Feeds.read(check_data, inputs, CALIBRATION_BATCH, folder=work), True
+        )
     if calibration is None:
         return _Data(None, made_up(inputs, wanted.seed, 8), True)
     if calibration.count < HOLD_OUT:
@@ -218,6 +229,7 @@ class _Variant:
     precision: Precision
     source: _Source
     feeds: _Data
+    metric: compare.Metric | None
     wanted: Options
     build: Path
     work: Path
@@ -269,21 +281,21 @@ class _Variant:
         """Stop before any work when the target cannot run the model."""
         missing = self.target.missing()
         if missing is not None:
-            raise UnsupportedError(f"target {self.target.name} needs a package: pip install 'fourfold[{missing}]'")
+            raise UnsupportedError(
+                f"target {self.target.name} needs a package: pip install 'fourfold[{missing}]'"
+            )
         lines = self.target.unsupported(self.source.model)
         if lines:
-            raise UnsupportedError(f"target {self.target.name} cannot run {self.source.name}: {'; '.join(lines[:5])}")
+            raise UnsupportedError(
+                f"target {self.target.name} cannot run {self.source.name}: {'; '.join(lines[:5])}"
+            )
 
     def _measure(self, entry: Path) -> tuple[AccuracyRow, tuple[LatencyRow, ...]]:
         """Compare source and variant on the check feeds, and time both in turns."""
         feeds, threads = self.feeds.check, self.wanted.threads
         assert feeds is not None
         source, variant = self._reference(threads), self.target.open(entry, threads)
-        metric = self.wanted.metric
-        if metric is None and feeds.labels is not None:
-            metric = "top1"
-        scorer = compare.find_metric(metric) if isinstance(metric, str) else metric
-        accuracy = compare.compare(source, variant, feeds, scorer, self.progress)
+        accuracy = compare.compare(source, variant, feeds, self.metric, self.progress)
         sizes = (1, 8) if feeds.rebatchable else (0,)
         rows = []
         for size in sizes:
@@ -291,9 +303,8 @@ class _Variant:
             rows.append(LatencyRow.of(compare.latency(source, variant, batch, threads)))
         return AccuracyRow.of(accuracy), tuple(rows)
 
-
     def _reference(self, threads: int) -> Runner:
-        """Open the source; one that onnxruntime cannot run as it came is rewritten by `reference`."""
+        """Open the source; what onnxruntime refuses as it came is rewritten by `reference`."""
         passes = self.target.reference()
         try:
             return open_runner(self.source.path, threads)
@@ -301,7 +312,9 @@ class _Variant:
             if not passes.passes:
                 raise
         path = self.work / f"{self.target.name}-reference.onnx"
-        rewritten, _ = runner.run(passes, self.source.model, Context(self.target.capability, self.work))
+        rewritten, _ = runner.run(
+            passes, self.source.model, Context(self.target.capability, self.work)
+        )
         save(rewritten, path)
         return open_runner(path, threads)
 
@@ -353,7 +366,7 @@ def _write(
         targets=tuple(reports),
     )
     write_json(build / REPORT, report.to_json())
-    write_json(build / "plan.json", plans)
+    write_json(build / "plan.json", plans, sort=False)  # graph order is the plan's order
     for name, recipe in zip(variants, recipes, strict=True):
         (build / name / "recipe.toml").write_text(recipe.to_toml())
     seal(
@@ -386,16 +399,29 @@ def own_version() -> str:
         return "checkout"
 
 
-def _hold_to_budget(reports: list[TargetReport], max_drop: float | None, artifact: Artifact) -> None:
+def _metric(wanted: Options, feeds: _Data) -> compare.Metric | None:
+    """Return the metric asked for; labels alone ask for top1.
+
+    Raises:
+        DataError: The metric cannot be found, or a budget on it is set and there is none.
+    """
+    labels = feeds.check is not None and feeds.check.labels is not None
+    asked = wanted.metric or ("top1" if labels else None)
+    if asked is None and wanted.max_drop is not None:
+        raise DataError("--max-drop needs a metric: give --metric, or labels in the check feeds")
+    return compare.find_metric(asked) if isinstance(asked, str) else asked
+
+
+def _hold_to_budget(
+    reports: list[TargetReport], max_drop: float | None, artifact: Artifact
+) -> None:
     """Raise when a variant loses more than it may."""
-    if max_drop is None:
-        return
     for report in reports:
-        if report.accuracy is None or report.accuracy.drop is None:
-            raise DataError("--max-drop needs a metric: give --metric, or labels in the check feeds")
-        drop = report.accuracy.drop
-        if drop > max_drop:
-            raise BudgetError(
-                f"{report.target}: {report.accuracy.metric} drops by {drop:.3f}, {drop - max_drop:.3f} more "
-                f"than the budget of {max_drop:g}; the artifact is in {artifact.folder}"
-            )
+        drop = report.accuracy.drop if report.accuracy is not None else None
+        if max_drop is None or drop is None or drop <= max_drop:
+            continue
+        assert report.accuracy is not None
+        raise BudgetError(
+            f"{report.target}: {report.accuracy.metric} drops by {drop:.3f}, {drop - max_drop:.3f} "
+            f"more than the budget of {max_drop:g}; the artifact is in {artifact.folder}"
+        )

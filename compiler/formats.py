@@ -121,7 +121,9 @@ class Format:
         Raises:
             RecipeError: The text is not a format.
         """
-        found = re.fullmatch(r"(\w+?)(?::(\d+))? (per_\w+)(?:\((-?\d+)(?:,(\d+))?\))?", text.strip())
+        found = re.fullmatch(
+            r"(\w+?)(?::(\d+))? (per_\w+)(?:\((-?\d+)(?:,(\d+))?\))?", text.strip()
+        )
         if found is None:
             raise RecipeError(f"not a format: {text!r}; expected e.g. 'int8 per_axis(0)'")
         dtype, bits, kind, axis, size = found.groups()
@@ -133,5 +135,7 @@ class Format:
         elif kind == "per_block" and axis is not None and size is not None:
             granularity = PerBlock(int(axis), int(size))
         else:
-            raise RecipeError(f"not a granularity: {text!r}; expected per_tensor, per_axis(0) or per_block(0,32)")
+            raise RecipeError(
+                f"not a granularity: {text!r}; expected per_tensor, per_axis(0) or per_block(0,32)"
+            )
         return cls(dtype, granularity, int(bits or 0))

@@ -7,10 +7,18 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+FLOATS = frozenset(
+    {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+)
 
 # op type -> (index of the weight, index of the bias or None)
-WEIGHTED = {"Conv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (1, 2), "MatMul": (1, None), "Gather": (0, None)}
+WEIGHTED = {
+    "Conv": (1, 2),
+    "ConvTranspose": (1, 2),
+    "Gemm": (1, 2),
+    "MatMul": (1, None),
+    "Gather": (0, None),
+}
 
 
 @dataclass(frozen=True)
@@ -70,13 +78,13 @@ def is_constant(value: ir.Value | None) -> bool:
 
 
 def sole_consumer(value: ir.Value) -> ir.Node | None:
-    """Return the one node that reads the value once, or None; a graph output counts as a reader."""
+    """Return the only reader of the value, or None; a graph output counts as a reader."""
     uses = tuple(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
 def weight_of(node: ir.Node) -> Weight | None:
-    """Return the node's weight, or None where it has none that is a float constant of rank >= 2."""
+    """Return the node's weight: a float constant of rank 2 or more; None where it has none."""
     if not is_standard(node, *WEIGHTED):
         return None
     index, bias_index = WEIGHTED[node.op_type]
@@ -89,7 +97,11 @@ def weight_of(node: ir.Node) -> Weight | None:
         return None
     if node.op_type == "Gather" and node.attributes.get_int("axis", 0) != 0:
         return None
-    bias = node.inputs[bias_index] if bias_index is not None and len(node.inputs) > bias_index else None
+    bias = (
+        node.inputs[bias_index]
+        if bias_index is not None and len(node.inputs) > bias_index
+        else None
+    )
     return Weight(node, value, _channel_axis(node, rank), bias if is_constant(bias) else None)
 
 

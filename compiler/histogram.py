@@ -1,9 +1,10 @@
 """Streaming statistics of one value, and the range that a quantizer should keep of it.
 
 The histogram lies on a lattice whose bin width is a power of two. When a value falls outside, the
-width doubles and neighbouring bins merge; since floor(floor(x / w) / 2) = floor(x / 2w), the result
-is exactly that of a histogram which knew the final width from the start. So memory is constant, one
-pass is enough, and neither the order of the data nor its split into batches changes a single count.
+width doubles and neighbouring bins merge; since floor(floor(x / w) / 2) = floor(x / 2w), the
+result is exactly that of a histogram which knew the final width from the start. So memory is
+constant, one pass is enough, and neither the order of the data nor its split into batches changes
+a single count.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class Histogram:
         x = np.asarray(array, np.float32).ravel()
         low, high = (float(x.min()), float(x.max())) if x.size else (0.0, 0.0)
         if np.isnan(low) or np.isnan(high):
-            raise DataError(f"the activation {name!r} is NaN on the given feeds; check feeds and model")
+            raise DataError(
+                f"the activation {name!r} is NaN on the given feeds; check feeds and model"
+            )
         if low < -MASK or high > MASK:
             keep = np.abs(x) <= MASK
             self.masked += int(x.size - keep.sum())
@@ -106,7 +109,9 @@ class Histogram:
         share = np.insert(counts[used], at, self.zeros) / max(self.count, 1)
         return centres[share > 0], share[share > 0]
 
-    def range(self, method: Method, format: Format, percentile: float = 99.999) -> tuple[float, float]:
+    def range(
+        self, method: Method, format: Format, percentile: float = 99.999
+    ) -> tuple[float, float]:
         """Return the range (low, high) to keep, containing zero.
 
         `minmax` keeps everything; `percentile` cuts the same share of elements at both ends;
@@ -161,7 +166,8 @@ class Histogram:
         bins = np.bincount(inside[(codes >= least) & (codes <= greatest)], minlength=levels)
         kept = bins[inside] > 0
         image = np.zeros_like(share)
-        # A level's mass is spread over the bins it stands for; clipped bins have no image of their own.
+        # A level's mass is spread over the bins it stands for; clipped bins have no image of their
+        # own.
         image[kept] = mass[inside[kept]] / bins[inside[kept]]
         image[(codes < least) | (codes > greatest)] = 1e-12
         return float(np.sum(share * np.log(share / np.maximum(image, 1e-12))))
@@ -170,7 +176,7 @@ class Histogram:
 def _search(score: Any, low: float, high: float) -> tuple[float, float]:
     """Minimise score(low, high) by shrinking both ends together, then each one alone."""
     shares = np.linspace(1.0, 0.05, 96)
-    best = min(((score(low * s, high * s), -s) for s in shares))
+    best = min((score(low * s, high * s), -s) for s in shares)
     low, high = low * -best[1], high * -best[1]
     for _ in range(2):
         grow = np.linspace(0.7, 1.3, 25)

@@ -40,10 +40,14 @@ def load(contract: type[T], name: str) -> type[T]:
     found = [
         member
         for member in vars(module).values()
-        if inspect.isclass(member) and issubclass(member, contract) and member.__module__ == module.__name__
+        if inspect.isclass(member)
+        and issubclass(member, contract)
+        and member.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise TypeError(f"{module.__name__} defines {len(found)} classes of {contract.__name__}; expected one")
+        raise TypeError(
+            f"{module.__name__} defines {len(found)} classes of {contract.__name__}; expected one"
+        )
     return found[0]
 
 

@@ -1,8 +1,9 @@
 """Notes: facts about a value that ONNX has no field for. Together they are the plan.
 
 A note rides on `ir.Value.meta` under one key that only this module touches. Deciding passes write
-notes; editing passes obey them. onnxscript's rewriter makes new values and drops their meta, so the
-runner wraps every pass in `kept`, which puts notes back by value name and tells which were lost.
+notes; editing passes obey them. onnxscript's rewriter makes new values and drops their meta, so
+the runner wraps every pass in `kept`, which puts notes back by value name and tells which were
+lost.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Note:
 
     Attributes:
         format: The integer format it is stored or computed in.
-        mode: `static` (scale fixed at compile time), `dynamic` (range taken at run time) or `float`.
+        mode: `static` (scale fixed at compile time), `dynamic` (range taken at run time) or
+        `float`.
         low: Least value that the range keeps, in the value's own unit.
         high: Greatest value that the range keeps.
         sqnr_db: Expected SQNR of static quantization with that range, in dB.
@@ -115,7 +117,7 @@ def merge(first: Note, second: Note, where: str) -> Note:
 
 @contextmanager
 def kept(model: ir.Model) -> Iterator[list[str]]:
-    """Carry notes across a rewrite by value name; the list is filled with the names that got lost."""
+    """Carry notes across a rewrite by value name; the list receives the names that got lost."""
     before = {value.name: note for value in values(model) if (note := read(value)) != EMPTY}
     lost: list[str] = []
     yield lost

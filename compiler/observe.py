@@ -90,14 +90,16 @@ class Observer:
             yield from zip(part, session.run(part, batch), strict=True)
 
     def _session(self, names: list[str]) -> onnxruntime.InferenceSession:
-        """Open the model with these values as its outputs; nodes that they do not need are not run."""
+        """Open the model with these values as its outputs; nodes they do not need are not run."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self._proto)
         del proto.graph.output[:]
         for name in names:
             element = self._types[name]
             assert element is not None
-            proto.graph.output.append(onnx.helper.make_tensor_value_info(name, element.value, None))
+            proto.graph.output.append(
+                onnx.helper.make_tensor_value_info(name, element.value, None)
+            )
         path = self._path.with_name("observed-slice.onnx")
         onnx.save(proto, path)
         options = session_options(threads=0)

@@ -15,7 +15,8 @@ from .formats import Format, PerAxis, PerBlock, PerTensor
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.generic]
 
-# Below this a reciprocal overflows float32 or becomes denormal on the way; dead channels land here.
+# Below this a reciprocal overflows float32 or becomes denormal on the way; dead channels land
+# here.
 SCALE_FLOOR = np.float32(2.0**-100)
 
 
@@ -41,7 +42,9 @@ def symmetric_scale(weights: Floats, format: Format) -> Floats:
     """
     magnitude = grouped_max(np.abs(weights), format)
     scale = (magnitude / np.float32(format.limit)).astype(np.float32)
-    return np.where(magnitude == 0, np.float32(1), np.maximum(scale, SCALE_FLOOR)).astype(np.float32)
+    return np.where(magnitude == 0, np.float32(1), np.maximum(scale, SCALE_FLOOR)).astype(
+        np.float32
+    )
 
 
 def grouped_max(values: Floats, format: Format) -> Floats:
@@ -57,7 +60,7 @@ def grouped_max(values: Floats, format: Format) -> Floats:
             return np.asarray(np.maximum.reduceat(values, starts, axis=axis), np.float32)
 
 
-def spread(scale: npt.NDArray[np.generic], shape: tuple[int, ...], format: Format) -> npt.NDArray[np.generic]:
+def spread(scale: Floats, shape: tuple[int, ...], format: Format) -> Floats:
     """Return a scale (or zero point) in a shape that broadcasts against the tensor it is for."""
     match format.granularity:
         case PerTensor():
@@ -66,13 +69,14 @@ def spread(scale: npt.NDArray[np.generic], shape: tuple[int, ...], format: Forma
             return scale.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
         case PerBlock(axis, size):
             wide = np.repeat(scale, size, axis=axis)
-            return np.take(wide, np.arange(shape[axis]), axis=axis)
+            return np.asarray(np.take(wide, np.arange(shape[axis]), axis=axis), np.float32)
 
 
 def quantize_symmetric(weights: Floats, scale: Floats, format: Format) -> Codes:
     """Return clip(round(w / scale), -limit, limit) in `format.numpy_type`, shape of `weights`."""
     codes = np.rint(weights / spread(scale, weights.shape, format))
-    return np.clip(codes, -format.limit, format.limit).astype(format.numpy_type)
+    clipped: Codes = np.clip(codes, -format.limit, format.limit).astype(format.numpy_type)
+    return clipped
 
 
 def dequantize_symmetric(codes: Codes, scale: Floats, format: Format) -> Floats:
@@ -84,7 +88,8 @@ def dequantize_symmetric(codes: Codes, scale: Floats, format: Format) -> Floats:
 def quantize_affine(values: Floats, scale: np.float32, zero_point: int, format: Format) -> Codes:
     """Return clip(round(x / scale) + zero_point) in `format.numpy_type`, shape of `values`."""
     codes = np.rint(values / scale) + zero_point
-    return np.clip(codes, *format.codes).astype(format.numpy_type)
+    clipped: Codes = np.clip(codes, *format.codes).astype(format.numpy_type)
+    return clipped
 
 
 def dequantize_affine(codes: Codes, scale: np.float32, zero_point: int) -> Floats:

@@ -64,7 +64,9 @@ class Recipe:
         unknown = sorted(set(data) - {"pass"})
         entries = data.get("pass")
         if unknown or not isinstance(entries, list):
-            raise RecipeError(f"a recipe holds [[pass]] tables and nothing else; got {unknown or data}")
+            raise RecipeError(
+                f"a recipe holds [[pass]] tables and nothing else; got {unknown or data}"
+            )
         passes = []
         for number, entry in enumerate(entries, 1):
             options = dict(entry)

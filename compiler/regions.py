@@ -1,9 +1,9 @@
 """Which nodes can run in integers on a target, and which values that quantizes.
 
 Anchors are nodes with a weight that have a legal integer form. Integers spread forward from them:
-another op runs in integers when its kernel can, and when every input already is in codes for another
-reason, so that joining costs no conversion. What stays float between two integer regions is thereby a
-decision with a reason, not an accident.
+another op runs in integers when its kernel can, and when every input already is in codes for
+another reason, so that joining costs no conversion. What stays float between two integer regions
+is thereby a decision with a reason, not an accident.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def container(bits: int, weight_bits: int = 8) -> tuple[str, int]:
     return ("int2", 2) if bits == 2 else ("int4", bits)
 
 
-def weight_format(node: ir.Node, bits: int, capability: Capability, activation: str) -> Format | None:
+def weight_format(
+    node: ir.Node, bits: int, capability: Capability, activation: str
+) -> Format | None:
     """Return the finest legal format for the node's weight at that width, or None."""
     weight = weight_of(node)
     if weight is None:
@@ -66,7 +68,9 @@ def weight_format(node: ir.Node, bits: int, capability: Capability, activation: 
     return None
 
 
-def find(model: ir.Model, capability: Capability, bits: int, keep: frozenset[str] = frozenset()) -> Regions:
+def find(
+    model: ir.Model, capability: Capability, bits: int, keep: frozenset[str] = frozenset()
+) -> Regions:
     """Return the integer regions for weights of `bits` bits; nodes named in `keep` stay float.
 
     Only the main graph is looked at: the bodies of If and Loop stay float.
@@ -75,18 +79,25 @@ def find(model: ir.Model, capability: Capability, bits: int, keep: frozenset[str
     for node in model.graph:
         if regions.runs(node):  # the activation function of a node that joined
             continue
-        reason = _refusal(node, capability, bits, regions) if node.name not in keep else "kept as asked"
+        reason = (
+            _refusal(node, capability, bits, regions) if node.name not in keep else "kept as asked"
+        )
         if reason is None:
             _join(node, capability, regions)
         elif reason and node.outputs:
             regions.why_float[str(node.outputs[0].name)] = reason
-    names = [*(v.name for v in model.graph.inputs), *(v.name for n in model.graph for v in n.outputs)]
+    names = [
+        *(v.name for v in model.graph.inputs),
+        *(v.name for n in model.graph for v in n.outputs),
+    ]
     found = regions.quantized
     regions.quantized = {str(name): found[str(name)] for name in names if name in found}
     return regions
 
 
-def _refusal(node: ir.Node, capability: Capability, bits: int, regions: Regions) -> str | None:
+def _refusal(  # noqa: PLR0911 - one return a reason reads best
+    node: ir.Node, capability: Capability, bits: int, regions: Regions
+) -> str | None:
     """Return why the node stays float (empty: not worth a word), or None when it joins."""
     embedding = is_standard(node, "Gather") and weight_of(node) is not None
     if not node.outputs or not is_float(node.outputs[0]) or embedding:
@@ -106,13 +117,15 @@ def _refusal(node: ir.Node, capability: Capability, bits: int, regions: Regions)
     if len(ready) < len(inputs):
         rest = next(v.name for v in inputs if v not in ready)
         return f"its input {rest} is float, and converting it would cost more than it saves"
-    if node.op_type in ("Add", "Mul", "Concat") and any(is_constant(v) and is_float(v) for v in node.inputs):
+    if node.op_type in ("Add", "Mul", "Concat") and any(
+        is_constant(v) and is_float(v) for v in node.inputs
+    ):
         return "one operand is a float constant"
     return None
 
 
 def _join(node: ir.Node, capability: Capability, regions: Regions) -> None:
-    """Let a node run in integers: note which of its values are in codes and which share a scale."""
+    """Let a node run in integers; say which of its values are in codes and share a scale."""
     tail = fused_activation(node, capability) or node
     for member in (node, tail):
         regions.integer[id(member)] = member
@@ -140,7 +153,11 @@ def fused_activation(node: ir.Node, capability: Capability) -> ir.Node | None:
     if node.op_type in capability.carries or node.op_type in capability.fuses:
         return None
     reader = sole_consumer(node.outputs[0])
-    if reader is None or reader.op_type not in capability.fuses or not is_standard(reader, reader.op_type):
+    if (
+        reader is None
+        or reader.op_type not in capability.fuses
+        or not is_standard(reader, reader.op_type)
+    ):
         return None
     if reader.op_type == "Relu":
         return reader

@@ -1,4 +1,4 @@
-"""The report: what was done and measured. report.json is this model; docs/report.md explains it."""
+"""What was done and measured: report.json is this model; docs/report.md explains it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class SourceRow(_Row):
 class FeedsRow(_Row):
     """Feeds that were used.
 
-    `held_out` is False where check and calibration feeds are the same samples, `made_up` is True where
-    they were drawn at random because none were given.
+    `held_out` is False where check and calibration feeds are the same samples, `made_up` is True
+    where they were drawn at random because none were given.
     """
 
     samples: int
@@ -165,15 +165,16 @@ class Report(_Row):
         return self.model_dump(mode="json")
 
 
-def verdict(accuracy: AccuracyRow | None, rows: tuple[LatencyRow, ...], bytes_before: int, bytes_after: int) -> list[str]:
+def verdict(
+    accuracy: AccuracyRow | None, rows: tuple[LatencyRow, ...], bytes_before: int, bytes_after: int
+) -> list[str]:
     """Say in words what the figures say: slower, larger, or far from its source."""
-    lines = []
-    for row in rows:
-        if row.ratio < 1:
-            lines.append(
-                f"SLOWER than the source at batch {row.batch}: {row.variant * 1e3:.2f} ms against "
-                f"{row.source * 1e3:.2f} ms ({row.ratio:.2f}x)"
-            )
+    lines = [
+        f"SLOWER than the source at batch {row.batch}: {row.variant * 1e3:.2f} ms against "
+        f"{row.source * 1e3:.2f} ms ({row.ratio:.2f}x)"
+        for row in rows
+        if row.ratio < 1
+    ]
     if bytes_after >= bytes_before:
         lines.append(f"NOT SMALLER than the source: {bytes_after} bytes against {bytes_before}")
     if accuracy is not None and accuracy.sqnr_db < 10:

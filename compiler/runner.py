@@ -71,19 +71,28 @@ def _step(
     for name in lost:
         context.remark(one, name, "its note lost its home: the value is gone")
     return PassRow(
-        one.name, changed, seconds, sum(1 for _ in model.graph.all_nodes()), weight_bytes(model), tuple(lost)
+        one.name,
+        changed,
+        seconds,
+        sum(1 for _ in model.graph.all_nodes()),
+        weight_bytes(model),
+        tuple(lost),
     )
 
 
 def weight_bytes(model: ir.Model) -> int:
     """Return the stored bytes of all initializers of the main graph."""
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    return sum(
+        v.const_value.nbytes
+        for v in model.graph.initializers.values()
+        if v.const_value is not None
+    )
 
 
 def _broken(
     one: Pass, rest: Sequence[Pass], before: ir.Model, faults: list[str]
 ) -> BrokenPassError:
-    """Write a reproducer (the graph before the pass, the rest of the recipe) and return the error."""
+    """Write a reproducer (the graph before the pass, the recipe's rest); return the error."""
     try:
         folder = Path(tempfile.mkdtemp(prefix="fourfold-broken-pass-"))
         notes.to_metadata(before)

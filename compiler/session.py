@@ -31,7 +31,9 @@ def open_session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         reason = " ".join(str(error).split())[:300]
-        raise UnsupportedError(f"onnxruntime {onnxruntime.__version__} refuses {path.name}: {reason}") from None
+        raise UnsupportedError(
+            f"onnxruntime {onnxruntime.__version__} refuses {path.name}: {reason}"
+        ) from None
 
 
 def open_runner(path: Path, threads: int = 1) -> Runner:

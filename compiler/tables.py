@@ -25,17 +25,26 @@ def print_report(console: Console, artifact: Artifact) -> None:
         f"[bold]{escape(source.name)}[/bold]  opset {source.opset}, {source.nodes} nodes, "
         f"{_size(source.file_bytes)}; {_feeds(report)}"
     )
-    table = Table("", "source", *(f"{r.target} {r.precision}" for r in report.targets), box=None, pad_edge=False)
+    table = Table(
+        "",
+        "source",
+        *(f"{r.target} {r.precision}" for r in report.targets),
+        box=None,
+        pad_edge=False,
+    )
     for line in _lines(report):
         table.add_row(*line)
     console.print(table)
     for row in report.targets:
-        for line in row.verdict:
-            console.print(f"[bold red]{escape(row.target)}: {escape(line)}[/bold red]")
+        for sentence in row.verdict:
+            console.print(f"[bold red]{escape(row.target)}: {escape(sentence)}[/bold red]")
         for name, why in row.stayed_float.items():
             console.print(f"{escape(row.target)}: {escape(name)} ran in float: {escape(why)}")
     remarks = sum(len(row.remarks) for row in report.targets)
-    console.print(f"{artifact.folder}: {remarks} remarks; see `fourfold explain {artifact.folder}`", highlight=False)
+    console.print(
+        f"{artifact.folder}: {remarks} remarks; see `fourfold explain {artifact.folder}`",
+        highlight=False,
+    )
 
 
 def _feeds(report: Report) -> str:
@@ -57,7 +66,11 @@ def _lines(report: Report) -> list[list[str]]:
     rows = report.targets
     source = report.source.file_bytes
     lines = [
-        ["size", _size(source), *(f"{_size(r.file_bytes)} ({r.file_bytes / source:.0%})" for r in rows)],
+        [
+            "size",
+            _size(source),
+            *(f"{_size(r.file_bytes)} ({r.file_bytes / source:.0%})" for r in rows),
+        ],
         ["stored bits per weight", "", *(_number(r.bits_per_weight, ".2f") for r in rows)],
     ]
     checked = [r.accuracy for r in rows if r.accuracy is not None]
@@ -74,7 +87,9 @@ def _lines(report: Report) -> list[list[str]]:
         times = (r.latency[index] for r in rows)
         shown = (f"{t.variant * 1e3:.2f} ms, {t.ratio:.2f}x" for t in times)
         threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
-        lines.append([f"batch {latency.batch}, {threads}", f"{latency.source * 1e3:.2f} ms", *shown])
+        lines.append(
+            [f"batch {latency.batch}, {threads}", f"{latency.source * 1e3:.2f} ms", *shown]
+        )
     return lines
 
 
@@ -124,14 +139,19 @@ def print_model(console: Console, facts: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in facts.items():
         if isinstance(value, dict):
-            shown = ", ".join(f"{k or 'ai.onnx'} {_size(v) if key == 'weight_bytes' else v}" for k, v in value.items())
+            shown = ", ".join(
+                f"{k or 'ai.onnx'} {_size(v) if key == 'weight_bytes' else v}"
+                for k, v in value.items()
+            )
         else:
             shown = "\n".join(value) if isinstance(value, list) else str(value)
         table.add_row(f"[bold]{key.replace('_', ' ')}[/bold]", escape(shown))
     console.print(table)
 
 
-def explanation(plan: dict[str, dict[str, Any]], report: TargetReport, part: str) -> dict[str, Any]:
+def explanation(
+    plan: dict[str, dict[str, Any]], report: TargetReport, part: str
+) -> dict[str, Any]:
     """Return the plan, the float kernels and the remarks whose name holds `part`."""
     return {
         "target": report.target,
@@ -155,12 +175,15 @@ def print_explanation(console: Console, facts: dict[str, Any]) -> None:
         range_ = f"{note['low']:.4g} .. {note['high']:.4g}" if note.get("low") is not None else ""
         table.add_row(*map(escape, (name, decision, range_, note.get("why", ""))))
     console.print(table)
-    console.print("kernels " + ", ".join(f"{k} {v}" for k, v in facts["kernels"].items()), highlight=False)
+    console.print(
+        "kernels " + ", ".join(f"{k} {v}" for k, v in facts["kernels"].items()), highlight=False
+    )
     for name, why in facts["stayed_float"].items():
         console.print(f"ran in float: {escape(name)}: {escape(why)}", highlight=False)
     for remark in facts["remarks"]:
         console.print(
-            f"{remark['source']}: {escape(remark['subject'])}: {escape(remark['reason'])}", highlight=False
+            f"{remark['source']}: {escape(remark['subject'])}: {escape(remark['reason'])}",
+            highlight=False,
         )
 
 
@@ -170,7 +193,7 @@ def catalogue(kind: Literal["passes", "targets"]) -> list[dict[str, Any]]:
     rows = []
     for name in names(kind):
         found = load(contract, name)
-        missing = found().missing() if issubclass(found, Target) else None  # type: ignore[call-arg]
+        missing = found().missing() if issubclass(found, Target) else None
         rows.append(
             {
                 "name": name,

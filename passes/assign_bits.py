@@ -1,7 +1,7 @@
 """Decides the format of every weight and activation, by one width for all.
 
 before:  ranges on values
-becomes: Note(format, mode, why) on every weight, on every quantized activation, and on the output of
+becomes: Note(format, mode, why) on every weight, every quantized activation, and the output of
          every node that stays float with the reason
 
 Which forms are legal is the target's to say; this pass never edits the graph.
@@ -26,7 +26,8 @@ class AssignBits(Pass):
 
     Attributes:
         weights: Bits of a weight.
-        activations: `auto` (static where the range is accurate, else dynamic), `static`, `dynamic`,
+        activations: `auto` (static where the range is accurate, else dynamic), `static`,
+        `dynamic`,
             or `float` for weight-only.
         floor_db: Expected SQNR in dB under which `auto` does not trust a static range.
         keep: Regular expressions; nodes whose whole name matches one stay float.
@@ -64,9 +65,13 @@ class AssignBits(Pass):
             try:
                 hits = [name for name in names if re.fullmatch(expression, name)]
             except re.error as error:
-                raise RecipeError(f"assign-bits: keep={expression!r} is no expression: {error}") from None
+                raise RecipeError(
+                    f"assign-bits: keep={expression!r} is no expression: {error}"
+                ) from None
             if not hits:
-                raise RecipeError(f"assign-bits: keep={expression!r} matches no node name, e.g. {names[:3]}")
+                raise RecipeError(
+                    f"assign-bits: keep={expression!r} matches no node name, e.g. {names[:3]}"
+                )
             kept |= set(hits)
         return frozenset(kept)
 
@@ -100,7 +105,9 @@ class AssignBits(Pass):
         for node in model.graph:
             for output in node.outputs:
                 if output.name in found.why_float and output.name not in found.quantized:
-                    notes.write(output, mode="float", why=f"{node.op_type}: {found.why_float[output.name]}")
+                    notes.write(
+                        output, mode="float", why=f"{node.op_type}: {found.why_float[output.name]}"
+                    )
                     self._remark_float(node, found.why_float[output.name], context)
 
     def _plan_weight(self, weight: Weight, format: Format, why: str, context: Context) -> None:
@@ -124,14 +131,22 @@ class AssignBits(Pass):
             sqnr = note.sqnr_db
             unsure = sqnr is None or sqnr < self.floor_db
             if dynamic_legal and (self.activations == "dynamic" or unsure):
-                why = "asked for" if self.activations == "dynamic" else f"static range gives {sqnr} dB"
+                why = (
+                    "asked for"
+                    if self.activations == "dynamic"
+                    else f"static range gives {sqnr} dB"
+                )
                 notes.write(value, format=code, mode="dynamic", why=f"range at run time: {why}")
                 return
         if note.low is None:
             notes.write(value, mode="float", why="no range: not calibrated, and no dynamic form")
-            context.remark(self, name, "stays float: it has no calibrated range and no dynamic form")
+            context.remark(
+                self, name, "stays float: it has no calibrated range and no dynamic form"
+            )
             return
-        why = f"takes the scale of {shares}" if shares else f"calibrated, {note.sqnr_db} dB expected"
+        why = (
+            f"takes the scale of {shares}" if shares else f"calibrated, {note.sqnr_db} dB expected"
+        )
         notes.write(value, format=code, mode="static", shares=shares, why=why)
 
     def _remark_float(self, node: ir.Node, reason: str, context: Context) -> None:
@@ -169,6 +184,10 @@ def _readers_take_dynamic(value: ir.Value, found: regions.Regions, context: Cont
     if value.name in found.codes:
         return False
     readers = [use.node for use in value.uses() if found.runs(use.node)]
-    rows = [row for node in readers for row in context.capability.rows_of(node.op_type) if row.weights]
-    weighted = all(weight_of(node) is not None and len(activations_of(node)) == 1 for node in readers)
+    rows = [
+        row for node in readers for row in context.capability.rows_of(node.op_type) if row.weights
+    ]
+    weighted = all(
+        weight_of(node) is not None and len(activations_of(node)) == 1 for node in readers
+    )
     return bool(rows) and weighted and all(row.dynamic for row in rows)

@@ -3,8 +3,8 @@
 before:  values without notes
 becomes: Note(low, high, sqnr_db) on every value that an integer form could read or write
 
-The model runs once over the feeds; a `Histogram` a value is all that is kept (64 kB), so memory does not
-grow with the number of samples. No edit is made.
+The model runs once over the feeds; a `Histogram` a value is all that is kept (64 kB), so memory
+does not grow with the number of samples. No edit is made.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Calibrate(Pass):
             low, high = histogram.range(self.method, format, self.percentile)
             if histogram.masked:
                 context.remark(
-                    self, name, f"{histogram.masked} elements beyond 3e4 were taken for an attention mask"
+                    self,
+                    name,
+                    f"{histogram.masked} elements beyond 3e4 were taken for an attention mask",
                 )
             sqnr = histogram.sqnr_db(low, high, format)
             before = notes.read(value)
@@ -63,7 +65,9 @@ class Calibrate(Pass):
             changed += notes.read(value) != before
         return changed
 
-    def _observe(self, model: ir.Model, context: Context, names: list[str]) -> dict[str, Histogram]:
+    def _observe(
+        self, model: ir.Model, context: Context, names: list[str]
+    ) -> dict[str, Histogram]:
         """Run the feeds and count every named value."""
         assert context.feeds is not None
         histograms = {name: Histogram() for name in names}

@@ -3,8 +3,8 @@
 before:  y = BatchNormalization(Conv(x, W, b), gamma, beta, mean, var)
 becomes: y = Conv(x, W * s, (b - mean) * s + beta),   s = gamma / sqrt(var + epsilon)
 
-s scales output channels. It must happen before weights get ranges: folded channels differ by orders of
-magnitude. Source: Krishnamoorthi, arXiv 1806.08342, section 3.2.
+s scales output channels. It must happen before weights get ranges: folded channels differ by
+orders of magnitude. Source: Krishnamoorthi, arXiv 1806.08342, section 3.2.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class FoldBatchnorm(Pass):
         RemoveUnusedNodesPass()(model)  # the statistics that nobody reads any more
         return folded
 
-    def _refusal(self, norm: ir.Node) -> str | None:
+    def _refusal(self, norm: ir.Node) -> str | None:  # noqa: PLR0911 - one return a reason
         """Return why this normalization cannot be folded, or None."""
         layer = norm.inputs[0].producer() if norm.inputs[0] is not None else None
         if layer is None or not is_standard(layer, *CHANNELS_OF):
@@ -68,7 +68,9 @@ class FoldBatchnorm(Pass):
 def _awkward_gemm(layer: ir.Node, weight: Weight) -> bool:
     """Whether folding into this Gemm would need more than a scaled weight and a vector bias."""
     bias = weight.bias
-    vector = bias is None or (bias.shape is not None and len(bias.shape) == 1 and bias.shape[0] != 1)
+    vector = bias is None or (
+        bias.shape is not None and len(bias.shape) == 1 and bias.shape[0] != 1
+    )
     plain = all(layer.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
     return not (vector and plain)
 
@@ -100,8 +102,12 @@ def _fold(norm: ir.Node) -> None:
     bias = (_read(weight.bias) if weight.bias is not None else 0.0) - mean
     graph = layer.graph
     assert isinstance(graph, ir.Graph)
-    new_weight = constants.add(graph, f"{weight.value.name}_folded", (old * scale.reshape(shape)).astype(np.float32))
-    new_bias = constants.add(graph, f"{weight.value.name}_folded_bias", (bias * scale + beta).astype(np.float32))
+    new_weight = constants.add(
+        graph, f"{weight.value.name}_folded", (old * scale.reshape(shape)).astype(np.float32)
+    )
+    new_bias = constants.add(
+        graph, f"{weight.value.name}_folded_bias", (bias * scale + beta).astype(np.float32)
+    )
     layer.replace_input_with(1, new_weight)
     if len(layer.inputs) < 3:
         layer.resize_inputs(3)

@@ -3,8 +3,8 @@
 before:  Add(MatMul(DequantizeLinear(xq, xs, xz), DequantizeLinear(wq, ws)), b)
 becomes: com.microsoft.MatMulIntegerToFloat(xq, wq, xs, ws, xz, , b)
 
-onnxruntime fuses the MatMul by itself but leaves the Add; then it fuses that Add with a Gelu behind it
-into a BiasGelu that takes twice the time of Gelu. Figures in docs/targets.md.
+onnxruntime fuses the MatMul by itself but leaves the Add; then it fuses that Add with a Gelu
+behind it into a BiasGelu that takes twice the time of Gelu. Figures in docs/targets.md.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def _bias_add(node: ir.Node) -> ir.Node | None:
     weight, bias = node.inputs[1], _other(add, node.outputs[0])
     if weight is None or weight.shape is None or len(weight.shape) != 2 or not is_constant(bias):
         return None
-    is_vector = bias is not None and bias.shape is not None and tuple(bias.shape) == (weight.shape[1],)
+    is_vector = (
+        bias is not None and bias.shape is not None and tuple(bias.shape) == (weight.shape[1],)
+    )
     return add if is_vector else None
 
 

@@ -3,9 +3,9 @@
 before:  Conv(x, dq(w), b) -> Relu -> y                      notes: x, y uint8 static
 becomes: Conv(dq(q(x)), dq(w), dq(b_quantized)) -> Relu -> q -> dq -> readers of y
 
-A static value gets a fixed scale and zero point, a dynamic one a DynamicQuantizeLinear. Readers that
-run in float read the float value itself when there is one: a residual must not lose precision for the
-sake of a MatMul beside it. Biases become int32 with scale s_x * s_w.
+A static value gets a fixed scale and zero point, a dynamic one a DynamicQuantizeLinear. Readers
+that run in float read the float value itself when there is one: a residual must not lose precision
+for the sake of a MatMul beside it. Biases become int32 with scale s_x * s_w.
 Source: Krishnamoorthi, arXiv 1806.08342, section 3; placement rules in docs/design.md.
 """
 
@@ -50,7 +50,10 @@ def _is_quantized(value: ir.Value) -> bool:
     readers = {use.node.op_type for use in value.uses()}
     producer = value.producer()
     made_by = producer.op_type if producer is not None else ""
-    return bool(readers & {"QuantizeLinear", "DynamicQuantizeLinear"}) or made_by == "DequantizeLinear"
+    return (
+        bool(readers & {"QuantizeLinear", "DynamicQuantizeLinear"})
+        or made_by == "DequantizeLinear"
+    )
 
 
 def _integer_readers(value: ir.Value, context: Context) -> list[tuple[ir.Node, int]]:
@@ -63,7 +66,7 @@ def _integer_readers(value: ir.Value, context: Context) -> list[tuple[ir.Node, i
 
 
 def _leaves_codes(node: ir.Node, context: Context) -> bool:
-    """Whether the node's kernel writes codes: all its inputs are planned and it cannot write float."""
+    """Whether the node's kernel writes codes: its inputs are codes and it cannot write float."""
     if node.op_type in context.capability.fuses and node.inputs[0] is not None:
         before = node.inputs[0].producer()
         if before is not None and regions.fused_activation(before, context.capability) is node:
@@ -81,7 +84,11 @@ def _reads_codes(node: ir.Node, context: Context) -> bool:
         return False
     weighted = any(_is_stored(value) for value in node.inputs[:2])
     carried = node.op_type in capability.carries
-    if not weighted and not carried and not capability.legal(node.op_type, None, capability.activation):
+    if (
+        not weighted
+        and not carried
+        and not capability.legal(node.op_type, None, capability.activation)
+    ):
         return False
     operands = [v for v in node.inputs[:2] if v is not None and v.dtype == ir.DataType.FLOAT]
     if node.op_type == "Concat":
@@ -95,7 +102,9 @@ def _is_stored(value: ir.Value | None) -> bool:
     """Whether the value is a weight: a DequantizeLinear of constant codes."""
     producer = value.producer() if value is not None else None
     return (
-        producer is not None and is_standard(producer, "DequantizeLinear") and is_constant(producer.inputs[0])
+        producer is not None
+        and is_standard(producer, "DequantizeLinear")
+        and is_constant(producer.inputs[0])
     )
 
 
@@ -107,7 +116,10 @@ def _planned(value: ir.Value) -> bool:
 
 
 def _insert(
-    graph: ir.Graph, value: ir.Value, homes: dict[str, ir.Value], readers: list[tuple[ir.Node, int]]
+    graph: ir.Graph,
+    value: ir.Value,
+    homes: dict[str, ir.Value],
+    readers: list[tuple[ir.Node, int]],
 ) -> None:
     """Put a quantizer and a DequantizeLinear behind one value."""
     name, producer = str(value.name), value.producer()
@@ -146,10 +158,17 @@ def _static(graph: ir.Graph, value: ir.Value, homes: dict[str, ir.Value]) -> lis
     zero = constants.add(graph, f"{root}_zero_point", zero_point, format.onnx_type)
     name = str(value.name)
     quantize = constants.make_node(
-        "QuantizeLinear", [value, scale_value, zero], f"{name}_QuantizeLinear", value, dtype=format.onnx_type
+        "QuantizeLinear",
+        [value, scale_value, zero],
+        f"{name}_QuantizeLinear",
+        value,
+        dtype=format.onnx_type,
     )
     dequantize = constants.make_node(
-        "DequantizeLinear", [quantize.outputs[0], scale_value, zero], f"{name}_DequantizeLinear", value
+        "DequantizeLinear",
+        [quantize.outputs[0], scale_value, zero],
+        f"{name}_DequantizeLinear",
+        value,
     )
     return [quantize, dequantize]
 
@@ -157,8 +176,14 @@ def _static(graph: ir.Graph, value: ir.Value, homes: dict[str, ir.Value]) -> lis
 def _dynamic(value: ir.Value) -> list[ir.Node]:
     """Return DynamicQuantizeLinear and DequantizeLinear."""
     name = str(value.name)
-    quantize = ir.node("DynamicQuantizeLinear", [value], num_outputs=3, name=f"{name}_DynamicQuantizeLinear")
-    parts = (("_codes", ir.DataType.UINT8), ("_scale", ir.DataType.FLOAT), ("_zero_point", ir.DataType.UINT8))
+    quantize = ir.node(
+        "DynamicQuantizeLinear", [value], num_outputs=3, name=f"{name}_DynamicQuantizeLinear"
+    )
+    parts = (
+        ("_codes", ir.DataType.UINT8),
+        ("_scale", ir.DataType.FLOAT),
+        ("_zero_point", ir.DataType.UINT8),
+    )
     for output, (suffix, dtype) in zip(quantize.outputs, parts, strict=True):
         output.name = f"{name}_dynamic{suffix}"
         output.type, output.shape = ir.TensorType(dtype), ir.Shape(())
@@ -186,13 +211,13 @@ def _quantize_bias(graph: ir.Graph, node: ir.Node) -> None:
     codes = np.clip(np.rint(floats / scale.astype(np.float64)), -INT32, INT32).astype(np.int32)
     name = str(bias.name)
     stored = constants.add(graph, f"{name}_quantized", codes)
-    scale = scale if scale.size > 1 else scale.reshape(())
+    shaped = scale if scale.size > 1 else np.asarray(scale[0])
     dequantize = constants.make_node(
         "DequantizeLinear",
         [
             stored,
-            constants.add(graph, f"{name}_scale", scale),
-            constants.zero_points(graph, scale, ir.DataType.INT32),
+            constants.add(graph, f"{name}_scale", shaped),
+            constants.zero_points(graph, shaped, ir.DataType.INT32),
         ],
         f"{name}_DequantizeLinear",
         like=bias,
@@ -211,4 +236,6 @@ def _constant_scale(value: ir.Value | None) -> np.ndarray | None:
     if producer is None or not is_standard(producer, "DequantizeLinear"):
         return None
     scale = producer.inputs[1]
-    return scale.const_value.numpy() if scale is not None and scale.const_value is not None else None
+    return (
+        scale.const_value.numpy() if scale is not None and scale.const_value is not None else None
+    )

@@ -1,6 +1,6 @@
 """Looks embeddings up in codes, and rescales only the rows that were looked up.
 
-before:  Gather(DequantizeLinear(table: int8 [V, D], scale [V], axis=0), ids)    dequantizes the table
+before:  Gather(DequantizeLinear(table: int8 [V, D], scale [V], axis=0), ids)   all rows, each call
 becomes: Mul(Cast(Gather(table, ids), to=float), Gather(scale [V, 1], ids))
 
 A 4- or 2-bit table goes through a Cast to int8 that is folded at load, as other narrow weights.
@@ -27,7 +27,11 @@ class LowerEmbeddings(Pass):
             if source is None or not is_standard(source, "DequantizeLinear"):
                 continue
             scale = source.inputs[1]
-            if source.attributes.get_int("axis", 1) != 0 or scale is None or scale.const_value is None:
+            if (
+                source.attributes.get_int("axis", 1) != 0
+                or scale is None
+                or scale.const_value is None
+            ):
                 continue
             _lower(node, source, model.graph)
             changed += 1
@@ -36,7 +40,12 @@ class LowerEmbeddings(Pass):
 
 def _lower(gather: ir.Node, source: ir.Node, graph: ir.Graph) -> None:
     """Rewrite one lookup; the DequantizeLinear goes when nobody else reads it."""
-    codes, scale, ids, output = source.inputs[0], source.inputs[1], gather.inputs[1], gather.outputs[0]
+    codes, scale, ids, output = (
+        source.inputs[0],
+        source.inputs[1],
+        gather.inputs[1],
+        gather.outputs[0],
+    )
     assert codes is not None
     assert scale is not None
     assert scale.const_value is not None

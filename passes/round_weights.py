@@ -3,7 +3,8 @@
 before:  MatMul(x, w)                    note on w: int4 per_axis(1)
 becomes: MatMul(x, DequantizeLinear(w_quantized: int4, w_scale, axis=1))
 
-Symmetric codes, zero point zero, restricted range. Source: Krishnamoorthi, arXiv 1806.08342, section 2.
+Symmetric codes, zero point zero, restricted range. Source: Krishnamoorthi, arXiv 1806.08342,
+section 2.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _least_scale(weight: Weight, format: Format) -> Floats:
     """
     note = notes.read(weight.node.inputs[0]) if weight.node.inputs[0] is not None else notes.EMPTY
     if weight.bias is None or note.mode != "static" or note.format is None or note.low is None:
-        return np.float32(0)
+        return np.zeros((), np.float32)
     input_scale, _ = affine_parameters(note.low, note.high or 0.0, note.format)
     with opened(weight.bias) as bias:
         least = np.abs(np.asarray(bias, np.float32)).ravel() / (input_scale * np.float32(2**30))

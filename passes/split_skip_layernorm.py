@@ -3,8 +3,9 @@
 before:  LayerNormalization(Add(x, skip), gamma, beta)
 becomes: LayerNormalization(Sum(x, skip), gamma, beta)
 
-onnxruntime fuses Add + LayerNormalization into SkipLayerNormalization, whose CPU kernel takes five times as
-long as the two kernels it replaces; Sum means the same and is not matched. Figures in docs/targets.md.
+onnxruntime fuses Add + LayerNormalization into SkipLayerNormalization, whose CPU kernel takes five
+times as long as the two kernels it replaces; Sum means the same and is not matched. Figures in
+docs/targets.md.
 """
 
 from __future__ import annotations
@@ -23,8 +24,14 @@ class SplitSkipLayernorm(Pass):
         """Rewrite every Add that a LayerNormalization reads; return how many."""
         changed = 0
         for node in list(model.graph):
-            source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-            if source is None or not is_standard(node, "LayerNormalization") or not is_standard(source, "Add"):
+            source = (
+                node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+            )
+            if (
+                source is None
+                or not is_standard(node, "LayerNormalization")
+                or not is_standard(source, "Add")
+            ):
                 continue
             _rewrite(source, model.graph)
             changed += 1

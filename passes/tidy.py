@@ -3,7 +3,8 @@
 before:  functions, Constant nodes, foldable constants, Identity, duplicate weights, opset 11
 becomes: inlined, constants as initializers, folded, deduplicated, shapes inferred, opset >= 21
 
-All rewrites are stock passes of onnx_ir and onnxscript; this file only says which, and in which order.
+All rewrites are stock passes of onnx_ir and onnxscript; this file only says which, and in which
+order.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
+from onnx_ir.passes import common
 from pydantic import Field
 
 from ..compiler.contract import Context, Pass
@@ -55,7 +56,7 @@ class Tidy(Pass):
             common.DeduplicateInitializersPass(),
             common.CommonSubexpressionEliminationPass(),
             common.RemoveUnusedNodesPass(),
-            common.RemoveUnusedFunctionsPass(),
+            common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
             common.TopologicalSortPass(),
             common.NameFixPass(),
             common.ShapeInferencePass(),
@@ -93,7 +94,7 @@ class Tidy(Pass):
 
 
 def _foldable(node: ir.Node) -> bool | None:
-    """Keep what says how weights are quantized or random; leave the rest to the folder's own rules."""
+    """Keep quantizers, which say how weights are stored; leave the rest to the folder's rules."""
     if is_standard(node, "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear"):
         return False
     return None

@@ -1,13 +1,12 @@
 """Stores narrow weights so that the runtime unpacks them once, at load.
 
-before:  MatMul(dq(x), DequantizeLinear(w: int4, s))          the DequantizeLinear runs on every call
-becomes: MatMul(dq(x), DequantizeLinear(Cast(w: int4, to=int8), s))   the Cast is folded at load, and the
-                                                              int8 kernel takes the rest
-before:  MatMul(x, DequantizeLinear(w: int8, s))              float x: no integer kernel
-becomes: MatMul(x, Mul(Cast(w, to=float), s))                 folded at load: the float kernel's speed
+before:  MatMul(dq(x), DequantizeLinear(w: int4, s))     the DequantizeLinear runs on every call
+becomes: MatMul(dq(x), DequantizeLinear(Cast(w: int4, to=int8), s))     the Cast is folded at load,
+         and the int8 kernel takes the rest
+before:  MatMul(x, DequantizeLinear(w: int8, s))         float x: there is no integer kernel
+becomes: MatMul(x, Mul(Cast(w, to=float), s))            folded at load: the float kernel's speed
 
-The file keeps the narrow form. In memory the weight has the width of the kernel that reads it; the report
-says so.
+The file keeps the narrow form. In memory the weight has the width of the kernel that reads it.
 """
 
 from __future__ import annotations
@@ -50,7 +49,9 @@ def _is_bias(node: ir.Node) -> bool:
 
 def _integer_readers_only(node: ir.Node) -> bool:
     """Whether every reader has its other operand in codes too."""
-    return all(_dequantized(use.node.inputs[1 - use.idx]) for use in node.outputs[0].uses() if use.idx < 2)
+    return all(
+        _dequantized(use.node.inputs[1 - use.idx]) for use in node.outputs[0].uses() if use.idx < 2
+    )
 
 
 def _dequantized(value: ir.Value | None) -> bool:
@@ -67,7 +68,12 @@ def _widen_to_kernel(node: ir.Node, graph: ir.Graph) -> int:
     if kernel is None:
         return 0
     cast = constants.make_node(
-        "Cast", [stored], f"{stored.name}_unpack", stored, attributes={"to": kernel.value}, dtype=kernel
+        "Cast",
+        [stored],
+        f"{stored.name}_unpack",
+        stored,
+        attributes={"to": kernel.value},
+        dtype=kernel,
     )
     graph.insert_before(node, cast)
     node.replace_input_with(0, cast.outputs[0])
@@ -79,7 +85,7 @@ def _widen_to_kernel(node: ir.Node, graph: ir.Graph) -> int:
 
 
 def _widen_to_float(node: ir.Node, graph: ir.Graph) -> None:
-    """Replace the DequantizeLinear by Cast and Mul, which the runtime folds; zero points are zero here."""
+    """Replace the DequantizeLinear by Cast and Mul, which are folded; zero points are zero."""
     stored, scale = node.inputs[0], node.inputs[1]
     assert stored is not None
     assert scale is not None
@@ -95,7 +101,9 @@ def _widen_to_float(node: ir.Node, graph: ir.Graph) -> None:
         "Cast", [stored], f"{stored.name}_widen", stored, attributes=to, dtype=ir.DataType.FLOAT
     )
     output = node.outputs[0]
-    product = constants.make_node("Mul", [cast.outputs[0], spread], f"{stored.name}_rescale", output)
+    product = constants.make_node(
+        "Mul", [cast.outputs[0], spread], f"{stored.name}_rescale", output
+    )
     graph.insert_before(node, [cast, product])
     ir.convenience.replace_all_uses_with(output, product.outputs[0])
     graph.remove(node, safe=True)

@@ -36,14 +36,23 @@ FLOAT_ONLY = {
     "Gelu": "no integer Gelu",
     "Erf": "no integer Erf",
     "Softmax": "float: an 8-bit softmax loses small probabilities, and costs as much",
-    "MatMul": "both operands are activations: converting them costs more than the integer kernel saves",
+    "MatMul": "two activations: converting them costs more than the integer kernel saves",
 }
 
 # Kernels that compute in integers, by the names that onnxruntime gives them after fusion.
 INTEGER_KERNELS = frozenset(
-    {"QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger"}
+    {
+        "QLinearConv",
+        "QLinearMatMul",
+        "QGemm",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+    }
 )
-WEIGHTED_KERNELS = frozenset({"Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"})
+WEIGHTED_KERNELS = frozenset(
+    {"Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"}
+)
 
 # Tells onnxruntime's own tools that the model is quantized, so that they do not warn about it.
 METADATA = {"onnx.infer": "onnxruntime.quant", "onnx.quant.pre_process": "onnxruntime.quant"}
@@ -109,7 +118,7 @@ class Cpu(Target):
         return Recipe((WidenFloats(),))
 
     def cost(self, node: ir.Node, format: Format | None) -> Cost:
-        """Return the stored bytes of the node's weight with its scales; seconds are not measured yet."""
+        """Return the stored bytes of the node's weight and scales; no seconds are measured."""
         weight = weight_of(node)
         if weight is None or weight.value.const_value is None:
             return Cost(0)
@@ -121,9 +130,16 @@ class Cpu(Target):
 
     def unsupported(self, model: ir.Model) -> list[str]:
         """Return operators of domains that onnxruntime does not bring."""
-        known = {"", "ai.onnx", "com.microsoft", "ai.onnx.ml", "com.microsoft.nchwc", "ai.onnx.preview.training"}
+        known = {
+            "",
+            "ai.onnx",
+            "com.microsoft",
+            "ai.onnx.ml",
+            "com.microsoft.nchwc",
+            "ai.onnx.preview.training",
+        }
         return [
-            f"node {node.name!r}: operator {node.domain}::{node.op_type} is not part of onnxruntime"
+            f"node {node.name!r}: onnxruntime has no operator {node.domain}::{node.op_type}"
             for node in model.graph.all_nodes()
             if node.domain not in known and (node.domain, node.op_type, "") not in model.functions
         ]
@@ -162,7 +178,7 @@ class Cpu(Target):
 
 
 def _stayed_float(graph: Any, model: ir.Model) -> dict[str, str]:
-    """Return weighted float kernels of the optimized graph, with the plan's reason where it has one."""
+    """Return the weighted kernels that stayed float, with the plan's reason where it has one."""
     from ..compiler import notes
 
     constants = {t.name for t in graph.initializer}
@@ -170,21 +186,26 @@ def _stayed_float(graph: Any, model: ir.Model) -> dict[str, str]:
     kept = {}
     for node in graph.node:
         if node.op_type in WEIGHTED_KERNELS and len(node.input) > 1 and node.input[1] in constants:
-            kept[node.name or node.output[0]] = reasons.get(node.name) or "onnxruntime did not fuse it"
+            kept[node.name or node.output[0]] = (
+                reasons.get(node.name) or "onnxruntime did not fuse it"
+            )
     return kept
 
 
 def _capability(isa: str) -> Capability:
     """Return the legality table of one class of CPU.
 
-    Without VNNI, u8 x s8 kernels add pairs of products in 16 bits and saturate: weights keep to 7 bits.
+    Without VNNI, u8 x s8 kernels add pairs of products in 16 bits and saturate: weights keep to 7
+    bits.
     """
     activation = "int8" if isa == "arm64" else "uint8"
     acts = (activation,)
     both = ("per_tensor", "per_axis")
     since = MEASURED
 
-    def weighted(op: str, acts: tuple[str, ...], *, dynamic: bool = False, output: bool = False) -> Legality:
+    def weighted(
+        op: str, acts: tuple[str, ...], *, dynamic: bool = False, output: bool = False
+    ) -> Legality:
         return Legality(op, NARROW, acts, both, dynamic, output, since)
 
     return Capability(
@@ -194,7 +215,10 @@ def _capability(isa: str) -> Capability:
             weighted("Conv", acts),
             weighted("Gemm", acts, output=True),
             weighted("MatMul", acts, dynamic=activation == "uint8", output=True),
-            *(Legality(op, (), acts, since=since) for op in ("Add", "Mul", "Concat", "Sigmoid", "LeakyRelu")),
+            *(
+                Legality(op, (), acts, since=since)
+                for op in ("Add", "Mul", "Concat", "Sigmoid", "LeakyRelu")
+            ),
             *(Legality(op, (), acts, since=since) for op in ("AveragePool", "GlobalAveragePool")),
         ),
         widened=tuple(Legality(op, NARROW, ("float",), both, since=since) for op in WEIGHT_ONLY),
@@ -208,7 +232,7 @@ def _capability(isa: str) -> Capability:
 
 
 def host_isa() -> Literal["vnni", "avx2", "arm64"]:
-    """Return the class of this machine's CPU; an x86 whose flags cannot be read counts as without VNNI."""
+    """Return the class of this machine's CPU; where flags cannot be read, one without VNNI."""
     if platform.machine().lower() in ("arm64", "aarch64"):
         return "arm64"
     try:
