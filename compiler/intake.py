@@ -1,0 +1,139 @@
+"""Takes in what a compile is given: options, the model, feeds and the metric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnx_ir as ir
+
+from . import compare
+from .artifact import sha256
+from .errors import DataError, ModelError
+from .external import data_files
+from .feeds import Feeds, input_specs, made_up
+from .model import load, refuse_non_finite, refuse_unsound, save
+from .named import is_name
+
+CALIBRATION_BATCH = 8
+HOLD_OUT = 5  # every 5th sample checks when no check feeds are given
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a compile may be told; the command line's options have the same names.
+
+    Attributes:
+        targets: Targets as text, e.g. `cpu` or `cpu{isa="avx2"}`.
+        precision: `w8a8`, `w4a8`, `w2a8`, or `w8` and so on for weights only.
+        ranges: Where activation ranges come from; see `Precision`.
+        recipe: A recipe instead of the target's own: text, or the path of a .toml file.
+        metric: `top1`, `module:function` or a function; scores outputs. Default: top1 if there are
+        labels.
+        max_drop: Budget on the metric's drop, in the metric's unit.
+        seed: Seed of everything that draws.
+        memory: Bound in bytes on the activations held at once during calibration.
+        threads: Threads of the runtime while latency is measured.
+        stage: Copy a model of a linked store (Hugging Face cache) into the work folder first.
+        force: Replace an older artifact under the same name.
+        check: Whether to compare the variant with its source at the end.
+    """
+
+    targets: tuple[str, ...] = ("cpu",)
+    precision: str = "w8a8"
+    ranges: Literal["auto", "static", "dynamic"] = "auto"
+    recipe: str | None = None
+    metric: str | compare.Metric | None = None
+    max_drop: float | None = None
+    seed: int = 0
+    memory: int = 1 << 30
+    threads: int = 1
+    stage: bool = False
+    force: bool = False
+    check: bool = True
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that came in, and the file that a runtime opens for it."""
+
+    name: str
+    model: ir.Model
+    path: Path
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """Feeds of one compile."""
+
+    calibration: Feeds | None
+    check: Feeds | None
+    held_out: bool
+
+
+def read_source(model: str | Path | ir.Model | onnx.ModelProto, work: Path, stage: bool) -> Source:
+    """Load or export the model; what came from memory is written to a file for the runtime."""
+    path, name = None, "model"
+    if isinstance(model, str) and is_name(model):
+        from .export import from_text
+
+        name, loaded = model, from_text(model)
+    elif isinstance(model, str | Path):
+        path, name = Path(model), Path(model).name
+        loaded = load(path, stage=work / "staged" if stage else None)
+        path = next(
+            (work / "staged").glob(f"*/{path.name}"), path
+        )  # where it was copied to, if it was
+    elif isinstance(model, onnx.ModelProto):
+        loaded = ir.from_proto(model)
+    elif isinstance(model, ir.Model):
+        loaded = model.clone()
+    else:
+        raise ModelError(
+            f"cannot compile a {type(model).__name__}: expected a path, ir.Model or ModelProto"
+        )
+    if path is None:
+        refuse_unsound(loaded, name)
+        path = work / "source.onnx"
+        save(loaded, path)
+    refuse_non_finite(loaded)
+    files = [path, *data_files(path)]
+    digest = "+".join(sha256(file) for file in files)
+    return Source(name, loaded, path, digest, sum(file.stat().st_size for file in files))
+
+
+def read_feeds(model: ir.Model, data: Any, check_data: Any, wanted: Options, work: Path) -> Data:
+    """Read feeds, and hold out a part of them when nothing else can check."""
+    inputs = input_specs(model)
+    calibration = None
+    if data is not None:
+        calibration = Feeds.read(data, inputs, CALIBRATION_BATCH, folder=work)
+    if not wanted.check:
+        return Data(calibration, None, True)
+    if check_data is not None:
+        return Data(
+            calibration, Feeds.read(check_data, inputs, CALIBRATION_BATCH, folder=work), True
+        )
+    if calibration is None:
+        return Data(None, made_up(inputs, wanted.seed, 8), True)
+    if calibration.count < HOLD_OUT:
+        return Data(calibration, calibration, False)
+    kept, held = calibration.split(HOLD_OUT)
+    return Data(kept, held, True)
+
+
+def find_metric(wanted: Options, feeds: Data) -> compare.Metric | None:
+    """Return the metric asked for; labels alone ask for top1.
+
+    Raises:
+        DataError: The metric cannot be found, or a budget on it is set and there is none.
+    """
+    labels = feeds.check is not None and feeds.check.labels is not None
+    asked = wanted.metric or ("top1" if labels else None)
+    if asked is None and wanted.max_drop is not None:
+        raise DataError("--max-drop needs a metric: give --metric, or labels in the check feeds")
+    return compare.find_metric(asked) if isinstance(asked, str) else asked

@@ -1,0 +1,137 @@
+"""One target's way through a compile: rewrite, emit, check, report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from . import compare, notes, runner
+from .contract import Context, Progress, Remark, Runner, Target
+from .errors import UnsupportedError
+from .graph import is_float
+from .intake import Data, Options, Source
+from .model import save
+from .precision import Precision
+from .recipe import Recipe
+from .report import AccuracyRow, LatencyRow, PassReport, RemarkRow, TargetReport, verdict
+from .session import open_runner
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One target's way through: rewrite, emit, check, report."""
+
+    target: Target
+    recipe: Recipe
+    precision: Precision
+    source: Source
+    feeds: Data
+    metric: compare.Metric | None
+    wanted: Options
+    build: Path
+    work: Path
+    progress: Progress
+
+    def compile(self) -> tuple[TargetReport, Path, dict[str, Any]]:
+        """Return the report, the file to open and the plan."""
+        self._refuse_unsupported()
+        remarks: list[Remark] = []
+        work = self.work / self.target.name
+        work.mkdir()
+        context = Context(
+            self.target.capability,
+            work,
+            self.feeds.calibration,
+            self.wanted.seed,
+            self.wanted.memory,
+            self.progress,
+            remarks,
+        )
+        start = time.perf_counter()
+        rewritten, rows = runner.run(self.recipe, self.source.model, context)
+        plan = notes.plan(rewritten)
+        folder = self.build / self.target.name
+        folder.mkdir()
+        emitted = self.target.emit(rewritten, folder)
+        seconds = time.perf_counter() - start
+        accuracy, latency = self._measure(emitted.entry) if self.feeds.check else (None, ())
+        size = sum(file.stat().st_size for file in emitted.files)
+        report = TargetReport(
+            target=str(self.target),
+            capability=self.target.capability.name,
+            precision=str(self.precision),
+            recipe=str(self.recipe),
+            file_bytes=size,
+            bits_per_weight=bits_per_weight(rewritten),
+            kernels=emitted.placement.kernels,
+            stayed_float=emitted.placement.stayed_float,
+            accuracy=accuracy,
+            latency=latency,
+            verdict=tuple(verdict(accuracy, latency, self.source.bytes, size)),
+            passes=tuple(PassReport.of(row) for row in rows),
+            remarks=tuple(RemarkRow.of(remark) for remark in remarks),
+            seconds=seconds,
+        )
+        return report, emitted.entry, plan
+
+    def _refuse_unsupported(self) -> None:
+        """Stop before any work when the target cannot run the model."""
+        missing = self.target.missing()
+        if missing is not None:
+            raise UnsupportedError(
+                f"target {self.target.name} needs a package: pip install 'fourfold[{missing}]'"
+            )
+        lines = self.target.unsupported(self.source.model)
+        if lines:
+            raise UnsupportedError(
+                f"target {self.target.name} cannot run {self.source.name}: {'; '.join(lines[:5])}"
+            )
+
+    def _measure(self, entry: Path) -> tuple[AccuracyRow, tuple[LatencyRow, ...]]:
+        """Compare source and variant on the check feeds, and time both in turns."""
+        feeds, threads = self.feeds.check, self.wanted.threads
+        assert feeds is not None
+        source, variant = self._reference(threads), self.target.open(entry, threads)
+        accuracy = compare.compare(source, variant, feeds, self.metric, self.progress)
+        sizes = (1, 8) if feeds.rebatchable else (0,)
+        rows = []
+        for size in sizes:
+            batch = next(iter(feeds.rebatched(size) if size else feeds))
+            rows.append(LatencyRow.of(compare.latency(source, variant, batch, threads)))
+        return AccuracyRow.of(accuracy), tuple(rows)
+
+    def _reference(self, threads: int) -> Runner:
+        """Open the source; what onnxruntime refuses as it came is rewritten by `reference`."""
+        passes = self.target.reference()
+        try:
+            return open_runner(self.source.path, threads)
+        except UnsupportedError:
+            if not passes.passes:
+                raise
+        path = self.work / f"{self.target.name}-reference.onnx"
+        rewritten, _ = runner.run(
+            passes, self.source.model, Context(self.target.capability, self.work)
+        )
+        save(rewritten, path)
+        return open_runner(path, threads)
+
+
+def bits_per_weight(model: ir.Model) -> float | None:
+    """Return stored bits (codes and scales) per element over all quantized weights, or None."""
+    bits = elements = 0
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or notes.read(value).format is None:
+            continue
+        bits += tensor.nbytes * 8
+        elements += tensor.size
+    scales = {
+        id(v): v.const_value.nbytes * 8
+        for name, v in model.graph.initializers.items()
+        if v.const_value is not None and is_float(v) and name.endswith(("_scale", "_spread"))
+    }
+    return (bits + sum(scales.values())) / elements if elements else None
