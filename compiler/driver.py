@@ -177,5 +177,6 @@ def _hold_to_budget(
         assert report.accuracy is not None
         raise BudgetError(
             f"{report.target}: {report.accuracy.metric} drops by {drop:.3f}, "
-            f"{drop - max_drop:.3f} more than the budget of {max_drop:g}; the artifact is in {artifact.folder}"
+            f"{drop - max_drop:.3f} more than the budget of {max_drop:g}; "
+            f"the artifact is in {artifact.folder}"
         )

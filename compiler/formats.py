@@ -76,6 +76,8 @@ class Format:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise RecipeError(f"unknown format {self.dtype!r}{did_you_mean(self.dtype, DTYPES)}")
+        if isinstance(self.granularity, PerBlock) and self.granularity.size < 1:
+            raise RecipeError(f"{self.granularity}: a block has at least one element")
         container = DTYPES[self.dtype].bitwidth
         if not self.bits:
             object.__setattr__(self, "bits", container)
@@ -109,6 +111,15 @@ class Format:
     def limit(self) -> int:
         """Greatest magnitude of a symmetric code in the restricted range (127 for int8)."""
         return int(2 ** (self.bits - 1) - 1)
+
+    @property
+    def symmetric_codes(self) -> tuple[int, int]:
+        """Least and greatest code of a symmetric quantizer.
+
+        Eight- and seven-bit codes keep to +-limit, so that integer kernels can add two products in
+        16 bits; narrower ones cannot spare a level and use -8 or -2 as well.
+        """
+        return -self.limit - (self.bits < 7), self.limit
 
     def __str__(self) -> str:
         used = "" if self.bits == DTYPES[self.dtype].bitwidth else f":{self.bits}"

@@ -133,9 +133,11 @@ class Histogram:
         centres, share = self.cells()
         tail = (100 - percentile) / 200
         below = np.cumsum(share)
-        keep_low = centres[min(int(np.searchsorted(below, tail)), centres.size - 1)]
-        keep_high = centres[min(int(np.searchsorted(below, 1 - tail)), centres.size - 1)]
-        return max(low, min(float(keep_low), 0.0)), min(high, max(float(keep_high), 0.0))
+        first, last = int(np.searchsorted(below, tail)), int(np.searchsorted(below, 1 - tail))
+        # Where the outermost cell is kept, its extreme is known better than by its centre.
+        keep_low = low if first == 0 else float(centres[first])
+        keep_high = high if last >= centres.size - 1 else float(centres[last])
+        return max(low, min(keep_low, 0.0)), min(high, max(keep_high, 0.0))
 
     def error(self, low: float, high: float, format: Format) -> float:
         """Return the mean squared error of an affine quantizer with the range [low, high]."""
@@ -175,9 +177,11 @@ class Histogram:
 
 def _search(score: Any, low: float, high: float) -> tuple[float, float]:
     """Minimise score(low, high) by shrinking both ends together, then each one alone."""
-    shares = np.linspace(1.0, 0.05, 96)
-    best = min((score(low * s, high * s), -s) for s in shares)
-    low, high = low * -best[1], high * -best[1]
+    both = [(float(s), float(s)) for s in np.linspace(1.0, 0.05, 96)]
+    one = [float(s) for s in np.geomspace(1.0, 0.02, 24)]  # an outlier at one end leaves the other
+    ends = [*both, *((1.0, s) for s in one if high > 0), *((s, 1.0) for s in one if low < 0)]
+    _, below, above = min((score(low * a, high * b), -a, -b) for a, b in ends)
+    low, high = low * -below, high * -above
     for _ in range(2):
         grow = np.linspace(0.7, 1.3, 25)
         if low < 0:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from .errors import ModelError
+from .errors import ModelError, RecipeError, did_you_mean
 from .formats import Format
 from .graph import values
 
@@ -63,8 +63,12 @@ class Note:
         """Read what `as_json` wrote.
 
         Raises:
-            RecipeError: The format is not one.
+            RecipeError: A field is unknown, or the format is not one.
         """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise RecipeError(f"a plan has no field {name!r}{did_you_mean(name, known)}")
         text = fields.get("format")
         return cls(**{**fields, "format": Format.parse(text) if text else None})
 

@@ -73,9 +73,9 @@ def spread(scale: Floats, shape: tuple[int, ...], format: Format) -> Floats:
 
 
 def quantize_symmetric(weights: Floats, scale: Floats, format: Format) -> Codes:
-    """Return clip(round(w / scale), -limit, limit) in `format.numpy_type`, shape of `weights`."""
+    """Return round(w / scale) inside `format.symmetric_codes`, shape of `weights`."""
     codes = np.rint(weights / spread(scale, weights.shape, format))
-    clipped: Codes = np.clip(codes, -format.limit, format.limit).astype(format.numpy_type)
+    clipped: Codes = np.clip(codes, *format.symmetric_codes).astype(format.numpy_type)
     return clipped
 
 

@@ -39,7 +39,8 @@ class Recipe:
         """Return the recipe as TOML."""
         import tomli_w
 
-        return tomli_w.dumps({"pass": [{"name": p.name, **p.changed()} for p in self.passes]})
+        tables = [tomli_w.dumps({"name": p.name, **p.changed()}) for p in self.passes]
+        return "\n".join(f"[[pass]]\n{table}" for table in tables) or "pass = []\n"
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
@@ -69,7 +70,7 @@ class Recipe:
             )
         passes = []
         for number, entry in enumerate(entries, 1):
-            options = dict(entry)
+            options = dict(entry) if isinstance(entry, dict) else {}
             name = options.pop("name", None)
             if not isinstance(name, str):
                 raise RecipeError(f"[[pass]] number {number} has no name")

@@ -40,14 +40,19 @@ def faults_of(model: ir.Model, interface: Interface) -> Iterator[str]:
         yield f"the interface changed from {interface} to {now}"
     yield from _order_faults(model.graph, set())
     yield from _name_faults(model)
-    used = {node.domain for node in model.graph.all_nodes()} - {"ai.onnx"}
-    for domain in sorted(used - set(model.graph.opset_imports)):
+    used = {_short(node.domain) for node in model.graph.all_nodes()}
+    for domain in sorted(used - set(map(_short, model.graph.opset_imports))):
         yield f"domain {domain!r} is used and not imported"
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             yield f"initializer {name!r} has no data"
     for value in values(model):
         yield from _note_faults(value)
+
+
+def _short(domain: str) -> str:
+    """Return the domain; the standard one has two names."""
+    return "" if domain == "ai.onnx" else domain
 
 
 def checker_fault(model: ir.Model) -> str | None:
@@ -84,6 +89,9 @@ def _name_faults(model: ir.Model) -> Iterator[str]:
         elif value.name in seen:
             yield f"two values are named {value.name!r}"
         seen.add(value.name or "")
+    for node in model.graph.all_nodes():
+        if any(value is not None and not value.name for value in node.inputs):
+            yield f"node {node.name!r} ({node.op_type}) reads a value that has no name"
 
 
 def _note_faults(value: ir.Value) -> Iterator[str]:

@@ -99,6 +99,7 @@ class AssignBits(Pass):
             format = regions.weight_format(node, self.weights, context.capability, code.dtype)
             assert format is not None  # regions.find asked the same question
             self._plan_weight(weight, format, f"finest legal form of {node.op_type}", context)
+        _part_clips(found, context)
         _join_ranges(found)
         for name, value in found.quantized.items():
             self._plan_activation(value, code, found, context, name)
@@ -149,9 +150,20 @@ class AssignBits(Pass):
         )
         notes.write(value, format=code, mode="static", shares=shares, why=why)
 
-    def _remark_float(self, node: ir.Node, reason: str, context: Context) -> None:
-        """Tell about a weighted node that stays float."""
-        if weight_of(node) is not None:
+    def _plan_float(
+        self, node: ir.Node, output: ir.Value, found: regions.Regions, context: Context
+    ) -> None:
+        """Write why a node stays float on its output and its weight; tell it where there is one."""
+        reason = found.why_float[str(output.name)]
+        weight = weight_of(node)
+        homes = (
+            [weight.value] if weight is not None and notes.read(weight.value).mode is None else []
+        )
+        if output.name not in found.quantized:  # else an integer reader has planned it
+            homes.append(output)
+        for value in homes:
+            notes.write(value, mode="float", why=f"{node.op_type}: {reason}")
+        if weight is not None:
             context.remark(self, node.name, f"{node.op_type} stays float: {reason}")
 
     def _tables(self, model: ir.Model, context: Context, keep: frozenset[str]) -> None:
@@ -164,6 +176,28 @@ class AssignBits(Pass):
             format = Format(dtype, PerAxis(0), used)
             if context.capability.legal("Gather", format, "float"):
                 self._plan_weight(weight, format, "embedding: one scale a row", context)
+
+
+def _part_clips(found: regions.Regions, context: Context) -> None:
+    """Let no Relu or Clip share a scale whose range goes below zero.
+
+    The runtime folds them into a quantizer only where the zero point is the least code. Of the ops that
+    make values share, Concat alone has readers or operands of its own scale: its kernel rescales.
+    """
+    lows: dict[str, float] = {}
+    for name, value in found.quantized.items():
+        root = found.root(name)
+        lows[root] = min(lows.get(root, 0.0), notes.read(value).low or 0.0)
+
+    def clips(name: str) -> bool:
+        producer = found.quantized[name].producer() if name in found.quantized else None
+        return producer is not None and producer.op_type in context.capability.fuses
+
+    for name, shared in list(found.shares.items()):
+        own = notes.read(found.quantized[name]).low or 0.0 if name in found.quantized else 0.0
+        below = lows.get(found.root(shared), 0.0) < 0
+        if below and (clips(name) and own == 0 or clips(shared) and own < 0):
+            del found.shares[name]
 
 
 def _join_ranges(found: regions.Regions) -> None:

@@ -28,7 +28,7 @@ from ..compiler.quantizers import (
 )
 from ..compiler.weights import opened
 
-CLIPS = np.arange(1.0, 0.299, -0.02)
+CLIPS = np.arange(1.0, 0.199, -0.02)
 
 
 class RoundWeights(Pass):
@@ -36,7 +36,8 @@ class RoundWeights(Pass):
 
     Attributes:
         clip: `minmax` keeps the largest weight of each group; `mse` shrinks each group's range to
-            where the mean squared error is least; `auto` is mse below eight bits.
+            where the mean squared error is least; `auto` is mse below four bits: from four on,
+            clipping the few large weights costs the layer's output more than it saves.
     """
 
     clip: Literal["auto", "minmax", "mse"] = "auto"
@@ -67,7 +68,7 @@ class RoundWeights(Pass):
     def _scale(self, values: Floats, format: Format) -> Floats:
         """Choose the scale of each group."""
         scale = symmetric_scale(values, format)
-        if self.clip == "minmax" or (self.clip == "auto" and format.bits >= 7):
+        if self.clip == "minmax" or (self.clip == "auto" and format.bits >= 4):
             return scale
         best = _group_error(values, scale, format)
         chosen = scale

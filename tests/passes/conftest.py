@@ -8,8 +8,21 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from onnx_ir.passes.common import ShapeInferencePass
 
 from fourfold.compiler.feeds import Feeds, input_specs
+
+
+@pytest.fixture
+def parse():
+    """`parse(text)`: the model, with the types and shapes that the passes rely on."""
+
+    def parsed(text):
+        model = ir.from_onnx_text(text)
+        ShapeInferencePass()(model)
+        return model
+
+    return parsed
 
 
 @pytest.fixture

@@ -1,0 +1,206 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fourfold.compiler.formats import Format, PerAxis, PerBlock, PerTensor
+from fourfold.compiler.quantizers import (
+    SCALE_FLOOR,
+    affine_parameters,
+    dequantize_affine,
+    dequantize_symmetric,
+    grouped_max,
+    quantize_affine,
+    quantize_symmetric,
+    spread,
+    symmetric_scale,
+)
+
+FORMATS = st.sampled_from(
+    [Format("uint8"), Format("int8"), Format("int8", bits=7), Format("uint4"), Format("int4")]
+)
+ENDS = st.floats(-1e6, 1e6, width=32)
+# Bounded away from zero, where the scale's floor would rule; that has tests of its own.
+WEIGHTS = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=2, max_dims=4, max_side=7),
+    elements=st.floats(-100, 100, width=32).map(lambda x: 0.0 if abs(x) < 1e-20 else x),
+)
+
+
+def mse(weights, format):
+    scale = symmetric_scale(weights, format)
+    codes = quantize_symmetric(weights, scale, format)
+    return float(np.square(dequantize_symmetric(codes, scale, format) - weights).mean())
+
+
+@given(ENDS, ENDS, FORMATS)
+def test_affine_keeps_zero_exact(a, b, format):
+    scale, zero_point = affine_parameters(min(a, b), max(a, b), format)
+    least, greatest = format.codes
+    assert least <= zero_point <= greatest
+    assert scale > 0
+    codes = quantize_affine(np.zeros(3, np.float32), scale, zero_point, format)
+    assert (dequantize_affine(codes, scale, zero_point) == 0).all()
+
+
+@given(ENDS, ENDS, FORMATS, st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_affine_error_is_half_a_step_inside_the_range(a, b, format, positions):
+    low, high = min(a, b, 0.0), max(a, b, 0.0)
+    x = (low + (high - low) * np.array([0.0, 1.0, *positions])).astype(np.float32)
+    scale, zero_point = affine_parameters(low, high, format)
+    codes = quantize_affine(x, scale, zero_point, format)
+    assert codes.dtype == format.numpy_type
+    miss = np.abs(dequantize_affine(codes, scale, zero_point).astype(np.float64) - x)
+    # The float32 scale may round down: a few millionths of a step, times the number of steps.
+    assert miss.max() <= float(scale) * (0.5 + 1e-3)
+
+
+@given(WEIGHTS, st.sampled_from(["int8", "int4", "int2"]), st.integers(0, 3))
+def test_symmetric_error_is_half_a_step_and_zero_is_exact(weights, dtype, axis):
+    format = Format(dtype, PerAxis(axis % weights.ndim))
+    scale = symmetric_scale(weights, format)
+    codes = quantize_symmetric(weights, scale, format)
+    back = dequantize_symmetric(codes, scale, format)
+    assert np.abs(codes).max() <= format.limit  # the restricted range
+    assert (back[weights == 0] == 0).all()
+    step = np.broadcast_to(spread(scale, weights.shape, format), weights.shape)
+    assert (np.abs(back - weights) <= step * (0.5 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("seed", range(4))
+def test_finer_scales_are_at_least_as_good(dtype, seed):
+    draw = np.random.default_rng(seed)
+    weights = draw.normal(0, 1, (8, 64)) * draw.lognormal(0, 1.5, (8, 1))
+    weights = weights.astype(np.float32)
+    tensor, axis, block = (
+        mse(weights, Format(dtype, g)) for g in (PerTensor(), PerAxis(0), PerBlock(1, 16))
+    )
+    assert axis <= tensor
+    assert block <= axis
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.sampled_from(["int8", "int4"]))
+def test_channels_of_zeros_get_scale_one(zeros, others, dtype):
+    weights = np.concatenate([np.zeros((zeros, 5)), np.full((others, 5), 3.0)]).astype(np.float32)
+    format = Format(dtype, PerAxis(0))
+    scale = symmetric_scale(weights, format)
+    assert scale[:zeros].tolist() == [1.0] * zeros
+    assert scale[zeros:] == pytest.approx(3.0 / format.limit)
+    codes = quantize_symmetric(weights, scale, format)
+    assert not codes[:zeros].any()
+
+
+def test_tiny_ranges_end_at_the_floor():
+    tiny = np.full((2, 3), 1e-38, np.float32)
+    assert (symmetric_scale(tiny, Format("int8", PerAxis(0))) == SCALE_FLOOR).all()
+    scale, zero_point = affine_parameters(-1e-38, 1e-38, Format("uint8"))
+    assert scale == SCALE_FLOOR
+    assert zero_point == 0
+    assert np.isfinite(np.float32(1) / SCALE_FLOOR)
+
+
+# Krishnamoorthi's formulas on numbers that can be checked by hand.
+@pytest.mark.parametrize(
+    ("low", "high", "format", "scale", "zero_point"),
+    [
+        (-1.0, 1.55, "uint8", 0.01, 100),
+        (0.0, 2.55, "uint8", 0.01, 0),  # one-sided: [0, x_max]
+        (0.5, 2.55, "uint8", 0.01, 0),  # widened down to zero
+        (-2.55, -1.0, "uint8", 0.01, 255),  # widened up to zero
+        (-1.28, 1.27, "int8", 0.01, 0),
+        (0.0, 2.55, "int8", 0.01, -128),
+        (-0.5, 1.0, "uint4", 0.1, 5),
+        (0.0, 0.0, "uint8", 1.0, 0),  # an empty range
+        (0.0, 0.0, "int8", 1.0, 0),
+    ],
+)
+def test_affine_golden(low, high, format, scale, zero_point):
+    got = affine_parameters(low, high, Format(format))
+    assert got == (pytest.approx(scale, rel=1e-6), zero_point)
+    assert isinstance(got[0], np.float32)
+
+
+def test_affine_codes_golden():
+    x = np.array([-2.0, -1.0, -0.006, 0.0, 0.004, 0.016, 1.55, 9.0], np.float32)
+    codes = quantize_affine(x, np.float32(0.01), 100, Format("uint8"))
+    assert codes.tolist() == [0, 0, 99, 100, 100, 102, 255, 255]
+    back = dequantize_affine(codes, np.float32(0.01), 100)
+    expected = [-1.0, -1.0, -0.01, 0.0, 0.0, 0.02, 1.55, 1.55]
+    assert back == pytest.approx(expected, abs=1e-6)
+    assert back.dtype == np.float32
+
+
+def test_rounding_is_half_to_even():
+    x = np.array([0.5, 1.5, 2.5, -0.5, -1.5, -2.5], np.float32)
+    assert quantize_affine(x, np.float32(1), 10, Format("uint8")).tolist() == [10, 12, 12, 10, 8, 8]
+    codes = quantize_symmetric(x, np.float32(1), Format("int8"))
+    assert codes.tolist() == [0, 2, 2, 0, -2, -2]
+
+
+def test_symmetric_golden():
+    weights = np.array([[12.7, -6.35], [0.5, -1.27]], np.float32)
+    format = Format("int8", PerAxis(0))
+    scale = symmetric_scale(weights, format)
+    assert scale == pytest.approx([0.1, 0.01])
+    codes = quantize_symmetric(weights, scale, format)
+    assert codes.tolist() == [[127, -64], [50, -127]]  # -63.5 goes to the even neighbour
+
+
+def test_int4_and_seven_bits_use_their_own_limits():
+    weights = np.array([[-7.0, 3.0]], np.float32)
+    for format, limit in ((Format("int4"), 7), (Format("int8", bits=7), 63)):
+        scale = symmetric_scale(weights, format)
+        assert scale == pytest.approx(7.0 / limit)
+        assert quantize_symmetric(weights, scale, format).min() == -limit
+
+
+@given(WEIGHTS, st.integers(1, 5), st.integers(0, 3))
+@settings(max_examples=50)
+def test_per_block_is_per_axis_on_each_block(weights, size, axis):
+    axis %= weights.ndim
+    format = Format("int4", PerBlock(axis, size))
+    scale = symmetric_scale(weights, format)
+    codes = quantize_symmetric(weights, scale, format)
+    wide = spread(scale, weights.shape, format)
+    assert wide.shape == weights.shape
+    assert scale.shape[axis] == -(-weights.shape[axis] // size)
+    # By hand: every line of `size` neighbours is a tensor of its own.
+    lines = np.moveaxis(weights, axis, -1).reshape(-1, weights.shape[axis])
+    got = np.moveaxis(codes, axis, -1).reshape(lines.shape)
+    for line, line_codes in zip(lines, got, strict=True):
+        for start in range(0, line.size, size):
+            block = line[start : start + size][None]
+            one = Format("int4", PerAxis(0))
+            expected = quantize_symmetric(block, symmetric_scale(block, one), one)
+            assert line_codes[start : start + size].tolist() == expected[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("granularity", "shape"),
+    [
+        (PerTensor(), ()),
+        (PerAxis(0), (4,)),
+        (PerAxis(-1), (6,)),
+        (PerBlock(1, 4), (4, 2)),  # six columns in blocks of four: the last one is short
+        (PerBlock(0, 2), (2, 6)),
+    ],
+)
+def test_shapes_of_scales(granularity, shape):
+    weights = np.arange(24, dtype=np.float32).reshape(4, 6) - 11
+    format = Format("int8", granularity)
+    scale = symmetric_scale(weights, format)
+    assert scale.shape == shape
+    assert scale.dtype == np.float32
+    back = dequantize_symmetric(quantize_symmetric(weights, scale, format), scale, format)
+    assert back.shape == weights.shape
+    assert back == pytest.approx(weights, abs=float(scale.max()))
+
+
+def test_grouped_max():
+    values = np.array([[1, 5, 2], [4, 3, 0]], np.float32)
+    assert grouped_max(values, Format("int8")) == 5
+    assert grouped_max(values, Format("int8", PerAxis(1))).tolist() == [4, 5, 2]
+    assert grouped_max(values, Format("int8", PerBlock(1, 2))).tolist() == [[5, 2], [4, 0]]

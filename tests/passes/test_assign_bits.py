@@ -1,0 +1,250 @@
+from dataclasses import replace
+
+import onnx_ir as ir
+import pytest
+from onnx_ir.passes.common import ShapeInferencePass
+
+from fourfold.compiler import notes
+from fourfold.compiler.errors import RecipeError
+from fourfold.compiler.graph import values
+from fourfold.compiler.recipe import Recipe
+from fourfold.compiler.runner import run
+from fourfold.passes.assign_bits import AssignBits
+from fourfold.targets.cpu import Cpu
+
+HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
+LAYERS = f"""{HEADER} g (float[1,2,1,1] x) => (float[1,2] y)
+<float[2,2,1,1] wc = {{1, 2, 3, 4}}, float[2,2] wt = {{1, 2, 3, 4}},
+ float[2,2] wg = {{1, 2, 3, 4}}, float[2,2] wm = {{1, 2, 3, 4}}, int64[2] flat = {{1, 2}}> {{
+    [conv] c = Conv (x, wc)
+    [relu] r = Relu (c)
+    [flatten] f = Reshape (r, flat)
+    [gemm] t = Gemm <transB = 1> (f, wt)
+    [plain] g = Gemm (t, wg)
+    [matmul] y = MatMul (g, wm)
+}}"""
+EVERYTHING = ("x", "r", "f", "t", "g", "y")
+
+
+def parsed(text):
+    model = ir.from_onnx_text(text)
+    ShapeInferencePass()(model)
+    return model
+
+
+def planned(text, pass_, context, ranges=(), sqnr=40.0):
+    """Run the pass on a model whose named values are calibrated to [-1, 3]."""
+    model = parsed(text)
+    by_name = {value.name: value for value in values(model)}
+    for name in ranges:
+        notes.write(by_name[name], low=-1.0, high=3.0, sqnr_db=sqnr)
+    changed = pass_.run(model, context)
+    return model, notes.plan(model), changed
+
+
+def formats(plan):
+    return {name: fields.get("format") for name, fields in plan.items() if "format" in fields}
+
+
+def modes(plan):
+    return {name: fields["mode"] for name, fields in plan.items() if "mode" in fields}
+
+
+def test_weights_get_a_scale_for_each_output_channel(context):
+    before = str(parsed(LAYERS).graph)
+    model, plan, _ = planned(LAYERS, AssignBits(), context, EVERYTHING)
+    assert str(model.graph) == before
+    got = formats(plan)
+    assert got["wc"] == "int8 per_axis(0)"
+    assert got["wt"] == "int8 per_axis(0)"
+    assert got["wg"] == "int8 per_axis(1)"
+    assert got["wm"] == "int8 per_axis(1)"
+    assert plan["wc"]["why"] == "finest legal form of Conv"
+
+
+@pytest.mark.parametrize(
+    ("bits", "format"),
+    [
+        (8, "int8"), (7, "int8:7"), (6, "int8:6"), (5, "int8:5"),
+        (4, "int4"), (3, "int4:3"), (2, "int2"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("activations", ["static", "float"])
+def test_a_width_gets_the_narrowest_container(bits, format, activations, context):
+    pass_ = AssignBits(weights=bits, activations=activations)
+    _, plan, _ = planned(LAYERS, pass_, context, EVERYTHING)
+    assert formats(plan)["wc"] == f"{format} per_axis(0)"
+
+
+def test_a_cpu_without_vnni_gets_seven_bits(context):
+    seven = replace(context, capability=Cpu(isa="avx2").capability)
+    for bits, format in ((8, "int8:7"), (7, "int8:7"), (6, "int8:6"), (4, "int4")):
+        _, plan, _ = planned(LAYERS, AssignBits(weights=bits), seven, EVERYTHING)
+        assert formats(plan)["wc"] == f"{format} per_axis(0)"
+
+
+def test_activations_are_in_the_container_of_the_target(context):
+    _, plan, _ = planned(LAYERS, AssignBits(activations="static"), context, EVERYTHING)
+    assert {formats(plan)[name] for name in ("x", "r", "f", "t", "g")} == {"uint8 per_tensor"}
+    arm = replace(context, capability=Cpu(isa="arm64").capability)
+    _, plan, _ = planned(LAYERS, AssignBits(activations="static"), arm, EVERYTHING)
+    assert {formats(plan)[name] for name in ("x", "r", "f", "t", "g")} == {"int8 per_tensor"}
+
+
+def test_what_carries_codes_shares_their_scale(context):
+    _, plan, _ = planned(LAYERS, AssignBits(activations="static"), context, EVERYTHING)
+    assert plan["f"]["shares"] == "r"
+    assert plan["f"]["why"] == "takes the scale of r"
+    assert "shares" not in plan["r"]
+
+
+MATMUL = f"""{HEADER} g (float[3,2] x) => (float[3,2] y) <float[2,2] w = {{1, 2, 3, 4}}> {{
+    [matmul] y = MatMul (x, w)
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "sqnr", "mode", "why"),
+    [
+        ("auto", 40.0, "static", "calibrated, 40.0 dB expected"),
+        ("auto", 14.9, "dynamic", "range at run time: static range gives 14.9 dB"),
+        ("auto", None, "dynamic", "range at run time: static range gives None dB"),
+        ("static", 14.9, "static", "calibrated, 14.9 dB expected"),
+        ("dynamic", 40.0, "dynamic", "range at run time: asked for"),
+    ],
+)
+def test_where_a_range_comes_from(asked, sqnr, mode, why, context):
+    ranges = () if sqnr is None else ("x",)
+    _, plan, _ = planned(MATMUL, AssignBits(activations=asked), context, ranges, sqnr)
+    assert (plan["x"]["mode"], plan["x"]["why"]) == (mode, why)
+
+
+def test_the_floor_of_auto_is_an_option(context):
+    _, plan, _ = planned(MATMUL, AssignBits(floor_db=50), context, ("x",))
+    assert plan["x"]["mode"] == "dynamic"
+
+
+def test_a_conv_has_no_dynamic_form_so_without_a_range_it_stays_float(context):
+    model, plan, _ = planned(LAYERS, AssignBits(), context)
+    assert plan["x"]["mode"] == "float"
+    assert plan["x"]["why"] == "no range: not calibrated, and no dynamic form"
+    told = {r.subject: r.reason for r in context.remarks}
+    assert told["x"] == "stays float: it has no calibrated range and no dynamic form"
+
+
+def test_weight_only_leaves_activations_alone(context):
+    _, plan, _ = planned(LAYERS, AssignBits(activations="float"), context)
+    assert set(plan) == {"wc", "wt", "wg", "wm"}
+    assert set(modes(plan).values()) == {"static"}
+    assert plan["wc"]["why"] == "weights only: activations stay float"
+
+
+def test_nodes_are_kept_float_by_name(context):
+    pass_ = AssignBits(activations="static", keep=("conv", "pl.*n"))
+    model, plan, _ = planned(LAYERS, pass_, context, EVERYTHING)
+    assert "wc" not in plan
+    assert "wg" not in plan
+    assert formats(plan)["wt"] == "int8 per_axis(0)"
+    assert (plan["c"]["mode"], plan["c"]["why"]) == ("float", "Conv: kept as asked")
+    told = {r.subject: r.reason for r in context.remarks}
+    assert told["conv"] == "Conv stays float: kept as asked"
+    assert told["plain"] == "Gemm stays float: kept as asked"
+    assert plan["r"]["why"] == "Relu: its inputs are float" if "r" in plan else True
+
+
+def test_weight_only_keeps_by_name_too(context):
+    pass_ = AssignBits(activations="float", keep=("conv",))
+    _, plan, _ = planned(LAYERS, pass_, context)
+    assert plan["wc"] == {"mode": "float", "why": "kept as asked"}
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("cnov", r"keep='cnov' matches no node name, e.g. \['conv', 'relu', 'flatten'\]"),
+        ("con", "keep='con' matches no node name"),
+        ("*", r"keep='\*' is no expression: nothing to repeat"),
+    ],
+)
+def test_an_expression_that_matches_nothing_is_refused(expression, message, context):
+    with pytest.raises(RecipeError, match=message):
+        planned(LAYERS, AssignBits(keep=(expression,)), context)
+
+
+def test_two_readers_along_two_axes_get_one_scale(context):
+    text = f"""{HEADER} g (float[2,2] x) => (float[2,2] y) <float[2,2] w = {{1, 2, 3, 4}}> {{
+        [first] a = Gemm <transB = 1> (x, w)
+        [second] y = Gemm (a, w)
+    }}"""
+    _, plan, _ = planned(text, AssignBits(), context, ("x", "a", "y"))
+    assert plan["w"]["format"] == "int8 per_tensor"
+    why = "read along two different axes, so one scale serves the whole tensor"
+    assert plan["w"]["why"] == why
+    assert ("w", why) in [(r.subject, r.reason) for r in context.remarks]
+
+
+EMBEDDING = f"""{HEADER} g (int64[3] ids) => (float[3,2] y)
+<float[4,2] table = {{1, 2, 3, 4, 5, 6, 7, 8}}> {{ [look_up] y = Gather (table, ids) }}"""
+
+
+@pytest.mark.parametrize("activations", ["auto", "float"])
+def test_embeddings_get_a_scale_for_each_row(activations, context):
+    _, plan, _ = planned(EMBEDDING, AssignBits(activations=activations, weights=4), context)
+    assert plan["table"]["format"] == "int4 per_axis(0)"
+    assert plan["table"]["why"] == "embedding: one scale a row"
+    pass_ = AssignBits(activations=activations, embeddings=False)
+    assert planned(EMBEDDING, pass_, context)[1] == {}
+    pass_ = AssignBits(activations=activations, keep=("look_up",))
+    assert "table" not in planned(EMBEDDING, pass_, context)[1]
+
+
+CONCAT = f"""{HEADER} g (float[1,1,2,2] x) => (float[1,2,2,2] y)
+<float[1,1,1,1] w = {{1}}, float[1,1,1,1] v = {{2}}> {{
+    [left] a = Conv (x, w)
+    [right] b = Conv (x, v)
+    [join] y = Concat <axis = 1> (a, b)
+}}"""
+
+
+def test_what_concat_joins_shares_the_union_of_the_ranges(context):
+    model = parsed(CONCAT)
+    by_name = {value.name: value for value in values(model)}
+    for name, low, high in (("x", -1, 1), ("a", -2, 0.5), ("b", -0.5, 7), ("y", -1, 5)):
+        notes.write(by_name[name], low=float(low), high=float(high), sqnr_db=40.0)
+    AssignBits().run(model, context)
+    plan = notes.plan(model)
+    assert (plan["a"]["shares"], plan["b"]["shares"]) == ("y", "y")
+    assert (plan["y"]["low"], plan["y"]["high"]) == (-2.0, 7.0)
+
+
+def test_a_float_island_is_told_with_its_reason(context):
+    text = f"""{HEADER} g (float[1,1,2,2] x) => (float[1,1,2,2] y)
+    <float[1,1,1,1] w = {{1}}> {{
+        [conv] a = Conv (x, w)
+        [soft] b = Softmax (a)
+        [add] y = Add (a, b)
+    }}"""
+    _, plan, _ = planned(text, AssignBits(), context, ("x", "a"))
+    softmax = "Softmax: float: an 8-bit softmax loses small probabilities, and costs as much"
+    assert plan["b"] == {"mode": "float", "why": softmax}
+    add = "Add: its input b is float, and converting it would cost more than it saves"
+    assert plan["y"] == {"mode": "float", "why": add}
+
+
+@pytest.mark.parametrize("activations", ["auto", "static", "dynamic", "float"])
+def test_a_second_run_changes_nothing(activations, zoo, context):
+    for make in zoo.values():
+        model = make()
+        for value in values(model):
+            notes.write(value, low=-1.0, high=3.0, sqnr_db=40.0)
+        pass_ = AssignBits(activations=activations)
+        assert pass_.run(model, context) > 0
+        assert pass_.run(model, context) == 0
+
+
+def test_the_plan_survives_the_runner(context):
+    model = parsed(MATMUL)
+    after, rows = run(Recipe((AssignBits(activations="dynamic"),)), model, context)
+    assert rows[0].changed == 2
+    assert modes(notes.plan(after)) == {"x": "dynamic", "w": "static"}
+    assert notes.plan(model) == {}
