@@ -2,8 +2,8 @@
 
     python benchmarks/cpu.py [--task cifar-resnet20] [--rounds 40]
 
-Prints the table of `peers.py` with the variants of fourfold added: same data, same measure, timed in
-turns in one process. Also says how many seconds each compile took.
+Prints the table of `peers.py` with the variants of fourfold added: same data, same measure, timed
+in turns in one process. Also says how many seconds each compile took.
 """
 
 from __future__ import annotations

@@ -146,11 +146,10 @@ class Placement:
 
 @dataclass(frozen=True)
 class Emitted:
-    """What a target wrote: the file to open, every file, and where the nodes went."""
+    """What a target wrote: the file to open, and every file that the runtime needs."""
 
     entry: Path
     files: tuple[Path, ...]
-    placement: Placement
 
 
 class Target(Option, ABC):
@@ -184,6 +183,10 @@ class Target(Option, ABC):
     @abstractmethod
     def emit(self, model: ir.Model, folder: Path) -> Emitted:
         """Write the variant into an empty folder."""
+
+    @abstractmethod
+    def placement(self, model: ir.Model, entry: Path) -> Placement:
+        """Load what `emit` wrote of `model` and say which kernels the runtime makes of it."""
 
     @abstractmethod
     def open(self, entry: Path, threads: int = 1) -> Runner:

@@ -26,7 +26,8 @@ from .weights import opened
 OLDEST_OPSET = 11
 
 # protobuf ends at 2 GiB; the rest of the graph and the copies that readers make need room too.
-EXTERNAL_ABOVE = 1_500_000_000
+# One file serializes in memory, several times over; external data streams.
+EXTERNAL_ABOVE = 200_000_000
 
 # onnx_ir leaves bigger initializers of the main graph out of what it hands to onnx's C++ code.
 SMALL = 1000

@@ -123,7 +123,7 @@ class TargetReport(_Row):
         recipe: The passes, as text.
         file_bytes: Bytes of all files that the runtime needs.
         bits_per_weight: Stored bits of codes, scales and tables per quantized weight element.
-        kernels: Kernel -> nodes, of the graph as the runtime executes it.
+        kernels: Kernel -> nodes, of the graph as the runtime executes it; empty when not checked.
         stayed_float: Weighted node that ran in float -> why.
         accuracy: None when the check was switched off.
         latency: A row for each measured batch.

@@ -105,11 +105,8 @@ class AssignBits(Pass):
             self._plan_activation(value, code, found, context, name)
         for node in model.graph:
             for output in node.outputs:
-                if output.name in found.why_float and output.name not in found.quantized:
-                    notes.write(
-                        output, mode="float", why=f"{node.op_type}: {found.why_float[output.name]}"
-                    )
-                    self._remark_float(node, found.why_float[output.name], context)
+                if output.name in found.why_float:
+                    self._plan_float(node, output, found, context)
 
     def _plan_weight(self, weight: Weight, format: Format, why: str, context: Context) -> None:
         """Write a weight's format; two readers that want different axes get one scale for all."""
@@ -181,22 +178,20 @@ class AssignBits(Pass):
 def _part_clips(found: regions.Regions, context: Context) -> None:
     """Let no Relu or Clip share a scale whose range goes below zero.
 
-    The runtime folds them into a quantizer only where the zero point is the least code. Of the ops that
-    make values share, Concat alone has readers or operands of its own scale: its kernel rescales.
+    The runtime folds them into a quantizer only where the zero point is the least code. What they
+    part from is a Concat, whose kernel can rescale its operands.
     """
-    lows: dict[str, float] = {}
-    for name, value in found.quantized.items():
-        root = found.root(name)
-        lows[root] = min(lows.get(root, 0.0), notes.read(value).low or 0.0)
+
+    def low(name: str) -> float:
+        return notes.read(found.quantized[name]).low or 0.0
 
     def clips(name: str) -> bool:
-        producer = found.quantized[name].producer() if name in found.quantized else None
+        producer = found.quantized[name].producer()
         return producer is not None and producer.op_type in context.capability.fuses
 
+    below = {found.root(name) for name in found.quantized if low(name) < 0}
     for name, shared in list(found.shares.items()):
-        own = notes.read(found.quantized[name]).low or 0.0 if name in found.quantized else 0.0
-        below = lows.get(found.root(shared), 0.0) < 0
-        if below and (clips(name) and own == 0 or clips(shared) and own < 0):
+        if found.root(name) in below and (clips(name) or (clips(shared) and low(name) < 0)):
             del found.shares[name]
 
 

@@ -203,7 +203,10 @@ def _quantize_bias(graph: ir.Graph, node: ir.Node) -> None:
     if any(scale is None for scale in scales):
         return
     with opened(bias) as array:
-        floats = np.asarray(array, np.float64).ravel()
+        floats = np.array(array, np.float64)
+    if floats.size != np.size(floats, -1 if floats.ndim else None):
+        return  # a Gemm's matrix of biases has no scale for each channel
+    floats = floats.ravel()
     x_scale, w_scale = scales
     assert x_scale is not None
     assert w_scale is not None

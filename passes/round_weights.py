@@ -60,7 +60,9 @@ class RoundWeights(Pass):
         """Replace one float weight by codes, scale and DequantizeLinear."""
         with opened(weight.value) as array:
             values = np.asarray(array, np.float32)
-            scale = np.maximum(self._scale(values, format), _least_scale(weight, format))
+            scale = self._scale(values, format)
+            for reader in _readers(weight):
+                scale = np.maximum(scale, _least_scale(reader, format))
             codes = quantize_symmetric(values, scale, format)
             del values, array
         _store(weight, codes, scale, format, graph)
@@ -95,6 +97,12 @@ def _group_error(values: Floats, scale: Floats, format: Format) -> Floats:
             return np.asarray(miss.sum(), np.float32)
 
 
+def _readers(weight: Weight) -> list[Weight]:
+    """Return the weight as each of its readers sees it."""
+    found = [weight_of(use.node) for use in weight.value.uses()]
+    return [reader for reader in found if reader is not None and reader.value is weight.value]
+
+
 def _least_scale(weight: Weight, format: Format) -> Floats:
     """Return the least scale at which the int32 bias b / (s_x * s_w) still fits.
 
@@ -104,8 +112,11 @@ def _least_scale(weight: Weight, format: Format) -> Floats:
     if weight.bias is None or note.mode != "static" or note.format is None or note.low is None:
         return np.zeros((), np.float32)
     input_scale, _ = affine_parameters(note.low, note.high or 0.0, note.format)
-    with opened(weight.bias) as bias:
-        least = np.abs(np.asarray(bias, np.float32)).ravel() / (input_scale * np.float32(2**30))
+    with opened(weight.bias) as array:
+        bias = np.abs(np.asarray(array, np.float32))
+    if bias.size != np.size(bias, -1 if bias.ndim else None):
+        return np.zeros((), np.float32)  # a Gemm's matrix of biases stays float
+    least = bias.ravel() / (input_scale * np.float32(2**30))
     per_channel = format.granularity == PerAxis(weight.axis)
     return np.asarray(least if per_channel else least.max(initial=0), np.float32)
 

@@ -145,19 +145,19 @@ class Cpu(Target):
         ]
 
     def emit(self, model: ir.Model, folder: Path) -> Emitted:
-        """Write model.onnx and find out which kernels onnxruntime makes of it."""
+        """Write model.onnx."""
         model.producer_name = "fourfold"
         model.metadata_props.update(METADATA)
         entry = folder / "model.onnx"
         save(model, entry)
         files = tuple(sorted(path for path in folder.iterdir() if path.is_file()))
-        return Emitted(entry, files, self._placement(entry, folder, model))
+        return Emitted(entry, files)
 
-    def _placement(self, entry: Path, folder: Path, model: ir.Model) -> Placement:
+    def placement(self, model: ir.Model, entry: Path) -> Placement:
         """Read the graph that onnxruntime would run."""
         import onnx
 
-        optimized = folder.parent / f".{folder.name}-optimized.onnx"
+        optimized = entry.parent / f".{entry.name}-optimized.onnx"
         options = session_options()
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(

@@ -94,7 +94,7 @@ def test_onnx_type():
     ],
 )
 def test_refuses_what_is_no_format(text):
-    with pytest.raises(RecipeError, match="not a (format|granularity)"):
+    with pytest.raises(RecipeError, match=r"not a (format|granularity)"):
         Format.parse(text)
 
 

@@ -63,7 +63,7 @@ def test_symmetric_error_is_half_a_step_and_zero_is_exact(weights, dtype, axis):
     scale = symmetric_scale(weights, format)
     codes = quantize_symmetric(weights, scale, format)
     back = dequantize_symmetric(codes, scale, format)
-    assert np.abs(codes).max() <= format.limit  # the restricted range
+    assert np.abs(codes).max() <= format.limit  # a scale of max|w| / limit needs no more
     assert (back[weights == 0] == 0).all()
     step = np.broadcast_to(spread(scale, weights.shape, format), weights.shape)
     assert (np.abs(back - weights) <= step * (0.5 + 1e-4)).all()
@@ -135,7 +135,8 @@ def test_affine_codes_golden():
 
 def test_rounding_is_half_to_even():
     x = np.array([0.5, 1.5, 2.5, -0.5, -1.5, -2.5], np.float32)
-    assert quantize_affine(x, np.float32(1), 10, Format("uint8")).tolist() == [10, 12, 12, 10, 8, 8]
+    codes = quantize_affine(x, np.float32(1), 10, Format("uint8"))
+    assert codes.tolist() == [10, 12, 12, 10, 8, 8]
     codes = quantize_symmetric(x, np.float32(1), Format("int8"))
     assert codes.tolist() == [0, 2, 2, 0, -2, -2]
 
@@ -155,6 +156,22 @@ def test_int4_and_seven_bits_use_their_own_limits():
         scale = symmetric_scale(weights, format)
         assert scale == pytest.approx(7.0 / limit)
         assert quantize_symmetric(weights, scale, format).min() == -limit
+
+
+@pytest.mark.parametrize(
+    ("format", "least", "greatest"),
+    [
+        (Format("int8"), -127, 127),
+        (Format("int8", bits=7), -63, 63),  # restricted: kernels add two products in 16 bits
+        (Format("int4"), -8, 7),
+        (Format("int2"), -2, 1),
+    ],
+)
+def test_a_scale_that_clips(format, least, greatest):
+    assert format.symmetric_codes == (least, greatest)
+    weights = np.array([[-1000.0, 1000.0]], np.float32)
+    codes = quantize_symmetric(weights, np.float32(0.1), format)
+    assert codes.tolist() == [[least, greatest]]
 
 
 @given(WEIGHTS, st.integers(1, 5), st.integers(0, 3))

@@ -13,7 +13,7 @@ from fourfold.passes.tidy import Tidy
 from fourfold.targets.cpu import Cpu
 
 EVERY_PASS = names("passes")
-TRICKY = st.text(st.sampled_from('"{}[],=\\ \n\t\'a\u00e9#') | st.characters(exclude_categories=["Cs"]))
+TRICKY = st.text(st.sampled_from("\"{}[],=\\ \n\t'a#") | st.characters(exclude_categories=["Cs"]))
 
 
 def both_ways(recipe):

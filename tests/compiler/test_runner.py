@@ -239,7 +239,7 @@ def test_a_crash_keeps_its_cause(model, context):
 
 def test_no_reproducer_is_no_reason_to_hide_the_fault(model, context, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    with pytest.raises(BrokenPassError, match="ZeroDivisionError.*no reproducer could be written"):
+    with pytest.raises(BrokenPassError, match=r"ZeroDivisionError.*no reproducer could"):
         run(crash, model, context)
 
 

@@ -33,11 +33,12 @@ def parsed(text):
 
 
 def planned(text, pass_, context, ranges=(), sqnr=40.0):
-    """Run the pass on a model whose named values are calibrated to [-1, 3]."""
+    """Run the pass on a model whose named values are calibrated to [-1, 3], or [0, 3] behind Relu."""
     model = parsed(text)
     by_name = {value.name: value for value in values(model)}
     for name in ranges:
-        notes.write(by_name[name], low=-1.0, high=3.0, sqnr_db=sqnr)
+        low = 0.0 if name in ("r", "f") else -1.0
+        notes.write(by_name[name], low=low, high=3.0, sqnr_db=sqnr)
     changed = pass_.run(model, context)
     return model, notes.plan(model), changed
 
@@ -142,14 +143,13 @@ def test_weight_only_leaves_activations_alone(context):
 def test_nodes_are_kept_float_by_name(context):
     pass_ = AssignBits(activations="static", keep=("conv", "pl.*n"))
     model, plan, _ = planned(LAYERS, pass_, context, EVERYTHING)
-    assert "wc" not in plan
-    assert "wg" not in plan
+    assert plan["wc"] == plan["c"] == {"mode": "float", "why": "Conv: kept as asked"}
+    assert plan["wg"] == {"mode": "float", "why": "Gemm: kept as asked"}
     assert formats(plan)["wt"] == "int8 per_axis(0)"
-    assert (plan["c"]["mode"], plan["c"]["why"]) == ("float", "Conv: kept as asked")
     told = {r.subject: r.reason for r in context.remarks}
     assert told["conv"] == "Conv stays float: kept as asked"
     assert told["plain"] == "Gemm stays float: kept as asked"
-    assert plan["r"]["why"] == "Relu: its inputs are float" if "r" in plan else True
+    assert plan["g"]["mode"] == "static"  # the integer MatMul behind it reads it
 
 
 def test_weight_only_keeps_by_name_too(context):
@@ -195,7 +195,7 @@ def test_embeddings_get_a_scale_for_each_row(activations, context):
     pass_ = AssignBits(activations=activations, embeddings=False)
     assert planned(EMBEDDING, pass_, context)[1] == {}
     pass_ = AssignBits(activations=activations, keep=("look_up",))
-    assert "table" not in planned(EMBEDDING, pass_, context)[1]
+    assert "format" not in planned(EMBEDDING, pass_, context)[1].get("table", {})
 
 
 CONCAT = f"""{HEADER} g (float[1,1,2,2] x) => (float[1,2,2,2] y)
@@ -215,6 +215,42 @@ def test_what_concat_joins_shares_the_union_of_the_ranges(context):
     plan = notes.plan(model)
     assert (plan["a"]["shares"], plan["b"]["shares"]) == ("y", "y")
     assert (plan["y"]["low"], plan["y"]["high"]) == (-2.0, 7.0)
+
+
+BRANCHES = f"""{HEADER} g (float[1,1,2,2] x) => (float[1,2,2,2] y)
+<float[1,1,1,1] w = {{1}}, float[1,1,1,1] v = {{2}}> {{
+    [left] a = Conv (x, w)
+    [relu] r = Relu (a)
+    [pool] m = MaxPool <kernel_shape = [1,1]> (r)
+    [right] b = Conv (x, v)
+    [join] y = Concat <axis = 1> (m, b)
+}}"""
+
+
+def test_a_relu_shares_no_scale_with_negative_numbers(context):
+    # With a zero point above the least code the runtime keeps the Relu, and its Conv in float.
+    model = parsed(BRANCHES)
+    by_name = {value.name: value for value in values(model)}
+    for name, low in (("x", -1), ("r", 0), ("m", 0), ("b", -5), ("y", -5)):
+        notes.write(by_name[name], low=float(low), high=4.0, sqnr_db=40.0)
+    AssignBits().run(model, context)
+    plan = notes.plan(model)
+    assert {name: plan[name].get("shares") for name in "rmby"} == {
+        "r": None, "m": "r", "b": "y", "y": None,
+    }  # fmt: skip
+    assert [plan[name]["low"] for name in "ry"] == [0.0, -5.0]
+
+
+def test_a_relu_behind_concat_leaves_its_operands_their_own_scales(context):
+    text = CONCAT.replace("y = Concat", "j = Concat").removesuffix("}")
+    model = parsed(f"{text} [relu] y = Relu (j) }}")
+    by_name = {value.name: value for value in values(model)}
+    for name, low in (("x", -1), ("a", -2), ("b", 0), ("y", 0)):
+        notes.write(by_name[name], low=float(low), high=4.0, sqnr_db=40.0)
+    AssignBits().run(model, context)
+    plan = notes.plan(model)
+    assert {name: plan[name].get("shares") for name in "aby"} == {"a": None, "b": "y", "y": None}
+    assert plan["y"]["low"] == 0.0
 
 
 def test_a_float_island_is_told_with_its_reason(context):

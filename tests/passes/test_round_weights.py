@@ -1,0 +1,223 @@
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from fourfold.compiler import notes
+from fourfold.compiler.capability import Capability
+from fourfold.compiler.contract import Context
+from fourfold.compiler.formats import Format, PerAxis, PerBlock, PerTensor
+from fourfold.compiler.quantizers import affine_parameters
+from fourfold.compiler.recipe import Recipe
+from fourfold.compiler.runner import run
+from fourfold.passes.round_weights import RoundWeights
+
+ANY = Context(Capability("any", (21, 25), ()), Path())
+HEADER = '<ir_version: 13, opset_import: ["" : 25]>'
+
+
+def matmul(array, format="int8 per_axis(1)", node="[one] y = MatMul (x, w)", outs="y", b=None):
+    """Return a model around one planned weight."""
+    rows, columns = array.shape
+    biased = "" if b is None else f", float[{b.size}] b"
+    outputs = ", ".join(f"float[n,m] {name}" for name in outs)
+    text = f"{HEADER} g (float[n,{rows}] x, float[{rows},{columns}] w{biased})"
+    model = ir.from_onnx_text(f"{text} => ({outputs}) {{ {node} }}")
+    for value, data in zip(list(model.graph.inputs)[1:], (array, b), strict=False):
+        value.const_value = ir.tensor(data, name=value.name)
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    notes.apply_plan(model, {"w": {"format": format, "mode": "static"}})
+    return model
+
+
+def stored(model, name="w"):
+    """Return (codes, scale, what they stand for) of a rounded weight."""
+    source = next(n for n in model.graph if n.name == f"{name}_DequantizeLinear")
+    codes, scale, zero = (v.const_value.numpy() for v in source.inputs)
+    assert not np.any(zero.astype(np.int32))
+    shape = [-1 if i == source.attributes.get_int("axis", 1) else 1 for i in range(codes.ndim)]
+    spread = scale.reshape(shape) if scale.ndim == 1 else scale
+    return codes.astype(np.int32), scale, codes.astype(np.float32) * spread
+
+
+def test_a_weight_becomes_codes_and_their_scale(becomes, context):
+    model = matmul(np.float32([[127, -2], [-63.5, 1]]))
+    after = becomes(
+        RoundWeights(),
+        model,
+        f"""{HEADER} g (float[n,2] x) => (float[n,m] y)
+        <int8[2,2] w = {{127, -127, -64, 64}}, float[2] s = {{1, 0.015748032}},
+         int8[2] z = {{0, 0}}> {{
+            d = DequantizeLinear <axis = 1> (w, s, z)
+            y = MatMul (x, d)
+        }}""",
+    )
+    assert [r.reason for r in context.remarks] == []
+    assert RoundWeights().run(after, context) == 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int2"])
+def test_the_container_is_the_one_of_the_plan(dtype, context):
+    model = matmul(np.float32([[1, -2], [-1, 2]]), f"{dtype} per_axis(1)")
+    RoundWeights().run(model, context)
+    value = model.graph.initializers["w_quantized"]
+    assert value.dtype == Format(dtype).onnx_type
+    codes, _, _ = stored(model)
+    assert np.abs(codes).max() == Format(dtype).limit  # the restricted range: no -128
+
+
+def test_per_tensor_and_a_group_of_zeros(context):
+    model = matmul(np.float32([[4, 0], [-1, 0]]), "int4 per_tensor")
+    RoundWeights().run(model, context)
+    codes, scale, _ = stored(model)
+    assert scale.shape == ()
+    assert codes.tolist() == [[7, 0], [-2, 0]]
+    model = matmul(np.float32([[4, 0], [-1, 0]]), "int4 per_axis(1)")
+    RoundWeights().run(model, context)
+    assert stored(model)[1][1] == 1.0
+
+
+def test_a_weight_of_blocks_runs(context, outputs):
+    array = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    model = matmul(array, "int4 per_block(0,4)")
+    RoundWeights().run(model, context)
+    scale = model.graph.initializers["w_scale"].const_value.numpy()
+    assert scale.shape == (2, 3)
+    image = outputs(model, plain=True, x=np.eye(8, dtype=np.float32))["y"]
+    # Within half a step of each block: 1e-5 for the rounding of the product itself.
+    assert np.all(np.abs(image - array) <= np.repeat(scale, 4, axis=0) / 2 + 1e-5)
+
+
+def test_what_is_not_planned_stays(becomes, context):
+    text = f"""{HEADER} g (float[2,2] x) => (float[2,2] y) <float[2,2] w = {{1, 2, 3, 4}}> {{
+        y = MatMul (x, w)
+    }}"""
+    becomes(RoundWeights(), text, text)
+    model = matmul(np.float32([[1, 2]]))
+    notes.write(next(iter(model.graph.initializers.values())), mode="float")
+    assert RoundWeights().run(model, context) == 0
+
+
+def test_a_shared_weight_is_rounded_once(context, outputs):
+    array = np.float32([[1, -2], [3, 4]])
+    nodes = "[one] a = MatMul (x, w) [two] y = MatMul (a, w)"
+    model = matmul(array, "int8 per_tensor", nodes)
+    assert RoundWeights().run(model, context) == 1
+    assert [n.op_type for n in model.graph] == ["DequantizeLinear", "MatMul", "MatMul"]
+    assert set(model.graph.initializers) == {"w_quantized", "w_scale", "zero_point_int8_scalar"}
+    assert RoundWeights().run(model, context) == 0
+    _, _, image = stored(model)
+    x = np.float32([[1, 2]])
+    np.testing.assert_allclose(outputs(model, plain=True, x=x)["y"], x @ image @ image, rtol=1e-5)
+
+
+def test_the_note_moves_to_the_codes(context):
+    model = matmul(np.float32([[1, -2]]))
+    after, rows = run(Recipe((RoundWeights(),)), model, context)
+    assert (rows[0].changed, rows[0].lost_notes) == (1, ())
+    assert list(notes.plan(after)) == ["w_quantized"]
+    assert notes.plan(after)["w_quantized"] == notes.plan(model)["w"]
+
+
+FLOATS = st.floats(-1e3, 1e3, width=32)
+MATRICES = arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 5)), elements=FLOATS)
+# Below this float32 has few digits left (the scale's floor is 2**-100); no weight is that small.
+NORMAL = MATRICES.map(lambda a: np.where(np.abs(a) < 1e-12, np.float32(0), a))
+WIDTHS = st.sampled_from(["int8", "int8:7", "int8:5", "int4", "int4:3", "int2"])
+GROUPS = st.sampled_from([PerAxis(0), PerAxis(1), PerTensor(), PerBlock(0, 2)])
+
+
+def rounded(array, format, clip):
+    """Return (the weight after rounding, the scale spread over it, the codes)."""
+    model = matmul(array, str(format))
+    assert RoundWeights(clip=clip).run(model, ANY) == 1
+    scale = model.graph.initializers["w_scale"].const_value.numpy()
+    codes = model.graph.initializers["w_quantized"].const_value.numpy().astype(np.float32)
+    match format.granularity:
+        case PerBlock(axis, size):
+            scale = np.repeat(scale, size, axis=axis)[: array.shape[0]]
+        case PerAxis(0):
+            scale = scale[:, None]
+    return codes * scale, np.broadcast_to(scale, array.shape), codes
+
+
+@settings(max_examples=60, deadline=None)
+@given(array=NORMAL, dtype=WIDTHS, granularity=GROUPS)
+def test_minmax_is_within_half_a_step_and_keeps_zero(array, dtype, granularity):
+    name, _, bits = dtype.partition(":")
+    format = Format(name, granularity, int(bits or 0))
+    image, scale, codes = rounded(array, format, "minmax")
+    assert np.all(np.abs(image - array) <= scale * 0.5 * (1 + 1e-5))
+    assert np.all(codes[array == 0] == 0)
+    assert np.abs(codes).max() <= format.limit
+
+
+@settings(max_examples=40, deadline=None)
+@given(array=NORMAL, dtype=WIDTHS, granularity=GROUPS)
+def test_mse_is_never_worse_than_minmax_in_any_group(array, dtype, granularity):
+    name, _, bits = dtype.partition(":")
+    format = Format(name, granularity, int(bits or 0))
+    errors = []
+    for clip in ("mse", "minmax"):
+        miss = np.square((rounded(array, format, clip)[0] - array).astype(np.float64))
+        match granularity:
+            case PerAxis(axis):
+                errors.append(miss.sum(axis=1 - axis))
+            case PerBlock(axis, size):
+                errors.append(np.add.reduceat(miss, np.arange(0, len(miss), size), axis=axis))
+            case _:
+                errors.append(miss.sum())
+    # 1e-5: the pass compares sums in float32.
+    assert np.all(errors[0] <= errors[1] * (1 + 1e-5))
+
+
+def test_auto_clips_only_below_four_bits(context):
+    array = np.random.default_rng(1).normal(size=(64, 4)).astype(np.float32)
+    for dtype, clip in (("int4", "minmax"), ("int4:3", "mse"), ("int2", "mse")):
+        found = {}
+        for option in ("auto", "minmax", "mse"):
+            model = matmul(array, f"{dtype} per_axis(1)")
+            RoundWeights(clip=option).run(model, context)
+            found[option] = stored(model)[1].tolist()
+        assert found["minmax"] != found["mse"]
+        assert found["auto"] == found[clip], dtype
+
+
+def test_the_scale_of_a_tiny_channel_grows_until_its_bias_fits(context):
+    array, bias = np.float32([[1e-12, 1], [1e-13, 1]]), np.float32([100, 1])
+    model = matmul(array, "int8 per_axis(1)", "[one] y = Gemm (x, w, b)", b=bias)
+    planned = {"format": "uint8 per_tensor", "mode": "static", "low": -1.0, "high": 1.0}
+    notes.apply_plan(model, {"x": planned})
+    RoundWeights().run(model, context)
+    scale = stored(model)[1]
+    x_scale, _ = affine_parameters(-1, 1, Format("uint8"))
+    assert np.all(np.abs(bias) / (x_scale * scale.astype(np.float64)) < 2**31 - 1)
+    assert scale[1] == np.float32(1 / 127)  # the ordinary channel keeps its own
+
+
+def test_the_bias_of_every_reader_of_a_shared_weight_fits(context):
+    array = np.float32([[1e-12, 1], [1e-13, 1]])
+    nodes = "[one] y = MatMul (x, w) [two] z = Gemm (x, w, b)"
+    model = matmul(array, "int8 per_axis(1)", nodes, outs="yz", b=np.float32([100, 1]))
+    planned = {"format": "uint8 per_tensor", "mode": "static", "low": -1.0, "high": 1.0}
+    notes.apply_plan(model, {"x": planned})
+    RoundWeights().run(model, context)
+    x_scale, _ = affine_parameters(-1, 1, Format("uint8"))
+    assert 100 / (x_scale * float(stored(model)[1][0])) < 2**31 - 1
+
+
+def test_a_gemm_whose_bias_is_a_matrix(context):
+    text = f"""{HEADER} g (float[3,2] x) => (float[3,2] y)
+    <float[2,2] w = {{1, 2, 3, 4}}, float[3,2] b = {{1, 2, 3, 4, 5, 6}}> {{
+        [one] y = Gemm (x, w, b)
+    }}"""
+    model = ir.from_onnx_text(text)
+    planned = {"format": "uint8 per_tensor", "mode": "static", "low": -1.0, "high": 1.0}
+    notes.apply_plan(model, {"x": planned, "w": {"format": "int8 per_axis(1)", "mode": "static"}})
+    assert RoundWeights().run(model, context) == 1
+    assert stored(model)[1].tolist() == [np.float32(3 / 127), np.float32(4 / 127)]
