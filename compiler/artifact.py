@@ -51,8 +51,11 @@ class Artifact:
         try:
             return Report.model_validate(self._json(REPORT))
         except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
             raise DataError(
-                f"{self.folder / REPORT} does not fit the schema: {error.errors()[0]}"
+                f"{self.folder / REPORT} does not fit the schema at {where}: "
+                f"{first['msg'].lower()}"
             ) from None
 
     def entry(self, target: str) -> Path:
@@ -62,6 +65,8 @@ class Artifact:
             DataError: The artifact holds no variant for it.
         """
         variants = self.manifest.get("variants", {})
+        if not isinstance(variants, dict):
+            raise DataError(f"{self.folder / MANIFEST}: variants is no JSON object")
         if target not in variants:
             raise DataError(
                 f"{self.folder} has no variant for {target!r}; it has {sorted(variants)}"
@@ -72,10 +77,14 @@ class Artifact:
         return path
 
     def plan(self, target: str) -> dict[str, dict[str, Any]]:
-        """Return the plan of one target: value name -> decision."""
-        plans = self._json("plan.json")
-        found = plans.get(target, {})
-        assert isinstance(found, dict)
+        """Return the plan of one target: value name -> decision.
+
+        Raises:
+            DataError: The folder holds no plan, or one of another form.
+        """
+        found = self._json("plan.json").get(target, {})
+        if not isinstance(found, dict):
+            raise DataError(f"{self.folder / 'plan.json'}: {target!r} is no JSON object")
         return found
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -96,37 +105,80 @@ def fresh(out: Path, force: bool) -> Iterator[tuple[Path, Path]]:
 
     Whatever happens, nothing but a finished artifact appears under `out`, and an older one stays
     until the new one is ready. A killed process leaves at most a hidden `.<name>.partial-*` folder
-    behind.
+    behind, in the nearest folder above `out` that was there already.
 
     Raises:
-        DataError: `out` exists (and `force` is off) or cannot be written.
+        DataError: `out` exists (and `force` is off, or it holds anything but an artifact), or it
+            cannot be written.
     """
     out = out.absolute()
-    if out.exists() and not force:
-        raise DataError(f"the output folder {out} exists; choose another one or pass --force")
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise DataError(f"{out} exists and is no artifact of this tool; it will not be replaced")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        _refuse_taken(out, force)
+        home = next(folder for folder in out.parents if folder.exists())
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=home))
     except OSError as error:
-        raise DataError(f"cannot write to {out.parent}: {error.strerror}") from None
+        raise DataError(
+            f"cannot write to {out}: {(error.strerror or str(error)).lower()}"
+        ) from None
     try:
         build, work = partial / "build", partial / "work"
         build.mkdir()
         work.mkdir()
         yield build, work
-        if out.exists():
-            out.rename(partial / "old")
-        build.rename(out)
+        _put(build, out, partial / "old" if force else None)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _refuse_taken(out: Path, force: bool) -> None:
+    """Raise when something is in the way that may not be replaced."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not force:
+        raise DataError(f"the output folder {out} exists; choose another one or pass --force")
+    ours = _files_of(out)
+    if ours is None:
+        raise DataError(f"{out} exists and is no artifact of this tool; it will not be replaced")
+    found = (p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir())
+    foreign = sorted(set(found) - ours)
+    if foreign:
+        raise DataError(
+            f"{out} also holds {foreign[0]!r}, which is not of the artifact; move it elsewhere"
+        )
+
+
+def _files_of(out: Path) -> set[str] | None:
+    """Return the files of an artifact by its manifest; None where there is no such manifest."""
+    try:
+        manifest = Artifact(out).manifest
+    except DataError:
+        return None
+    files, variants = manifest.get("files"), manifest.get("variants")
+    if not isinstance(files, dict) or not isinstance(variants, dict):
+        return None  # many tools call a file manifest.json
+    return {MANIFEST, REPORT, *files}
+
+
+def _put(build: Path, out: Path, old: Path | None) -> None:
+    """Move the finished folder to its place; an older artifact goes to `old`, or comes back."""
+    moved = False
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if old is not None and out.exists():
+            out.rename(old)
+            moved = True
+        build.rename(out)
+    except OSError as error:
+        if old is not None and moved:
+            old.rename(out)
+        reason = (error.strerror or str(error)).lower()
+        raise DataError(f"cannot move the artifact to {out}: {reason}") from None
 
 
 def seal(build: Path, facts: dict[str, Any]) -> None:
     """Write the manifest over everything in the folder but the report, whose times differ."""
     files = {
-        str(path.relative_to(build)): sha256(path)
+        path.relative_to(build).as_posix(): sha256(path)
         for path in sorted(build.rglob("*"))
         if path.is_file() and path.name not in (MANIFEST, REPORT)
     }

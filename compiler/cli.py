@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .errors import DataError, FourfoldError
+from .errors import BudgetError, DataError, FourfoldError
 
 if TYPE_CHECKING:
     from .artifact import Artifact
@@ -79,7 +79,7 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a command's options are its param
     """Compile MODEL, check every variant against it, and report."""
     from .driver import compile
 
-    with _progress(quiet or as_json) as progress:
+    with _progress(quiet or as_json) as progress, _shown_over_budget(out, as_json, quiet):
         artifact = compile(
             model,
             out,
@@ -88,7 +88,7 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a command's options are its param
             progress,
             targets=tuple(target),
             precision=precision,
-            ranges=_one_of(ranges, "ranges", ("auto", "static", "dynamic")),
+            ranges=ranges,
             recipe=recipe,
             metric=metric,
             max_drop=max_drop,
@@ -127,18 +127,25 @@ def run(
     feeds = Feeds.read(data, input_specs(load(entry)))
     runner = one.open(entry)
     parts = [runner(batch) for batch in feeds]
-    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    if out is not None:
-        np.savez(out, allow_pickle=False, **outputs)
+    try:
+        outputs = {n: np.concatenate([np.atleast_1d(p[n]) for p in parts]) for n in parts[0]}
+        if out is not None:
+            with out.open("xb") as file:
+                np.savez(file, allow_pickle=False, **outputs)
+    except ValueError as error:
+        raise DataError(f"the outputs of the batches do not fit together: {error}") from None
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error.strerror}") from None
     facts = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in outputs.items()}
     if as_json:
         typer.echo(json.dumps(facts))
     else:
         for name, array in outputs.items():
-            typer.echo(
-                f"{name}: {array.dtype} {list(array.shape)}, "
-                f"mean {array.mean():.6g}, std {array.std():.6g}"
+            numbers = array.astype(float) if array.dtype.kind in "biuf" else np.zeros(0)
+            spread = (
+                f", mean {numbers.mean():.6g}, std {numbers.std():.6g}" if numbers.size else ""
             )
+            typer.echo(f"{name}: {array.dtype} {list(array.shape)}{spread}")
 
 
 @app.command()
@@ -228,8 +235,20 @@ def main() -> None:
         app()
     except FourfoldError as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        typer.echo(f"error: {error}{notes}", err=True)
+        typer.echo("error: " + " ".join(f"{error}{notes}".split()), err=True)
         sys.exit(error.exit_code)
+
+
+@contextmanager
+def _shown_over_budget(out: Path, as_json: bool, quiet: bool) -> Iterator[None]:
+    """Print the report too when a budget is missed: it says by how much, and what was gained."""
+    from .artifact import Artifact
+
+    try:
+        yield
+    except BudgetError:
+        _show_report(Artifact(out), as_json, quiet)
+        raise
 
 
 def _show_report(artifact: Artifact, as_json: bool, quiet: bool) -> None:
@@ -303,20 +322,9 @@ def _bytes(text: str) -> int:
         amount = float(plain.removesuffix(unit)) * units.get(unit, 1)
     except ValueError:
         amount = 0
-    if amount < 1:
+    if not 1 <= amount < 1 << 63:  # nan is refused too
         raise DataError(f"not an amount of memory: {text!r}; expected e.g. 500MB or 2GiB")
     return int(amount)
-
-
-def _one_of(text: str, option: str, choices: tuple[str, ...]) -> Any:
-    """Return the text when it is one of the choices.
-
-    Raises:
-        DataError: It is not.
-    """
-    if text not in choices:
-        raise DataError(f"--{option} {text!r}: expected one of {', '.join(choices)}")
-    return text
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,9 +13,10 @@ import numpy.typing as npt
 from .contract import Progress, Runner, silent
 from .errors import DataError
 from .feeds import Feeds
-from .named import find, importable_cwd
+from .named import find, importable_cwd, is_name
 
 Array = npt.NDArray[Any]
+Doubles = npt.NDArray[np.float64]
 
 
 class Metric(Protocol):
@@ -38,6 +39,7 @@ class Comparison:
         agreement: Share of positions whose largest class is the same; None where the first output
             is no classifier's.
         max_error: Greatest absolute difference.
+        non_finite: Elements of the variant's outputs that are NaN or infinite; they count as 0.
         metric: Name of the task metric, or None.
         source_score: The source's score.
         variant_score: The variant's score.
@@ -48,6 +50,7 @@ class Comparison:
     cosine: float
     agreement: float | None
     max_error: float
+    non_finite: int = 0
     metric: str | None = None
     source_score: float | None = None
     variant_score: float | None = None
@@ -79,11 +82,16 @@ def top1(outputs: dict[str, Array], feeds: dict[str, Array], labels: Array | Non
     """Return the percentage of samples whose largest logit is at the label.
 
     Raises:
-        DataError: There are no labels.
+        DataError: There are no labels, or they are not one number a sample.
     """
     if labels is None:
         raise DataError("the metric top1 needs labels: put an array `labels` into the check file")
-    logits = next(iter(outputs.values())).reshape(len(labels), -1)
+    logits = next(iter(outputs.values()))
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise DataError(
+            f"the metric top1 expects outputs [samples, classes] and labels [samples], got "
+            f"{list(logits.shape)} and {list(labels.shape)}; give a metric of your own"
+        )
     return float((logits.argmax(axis=1) == labels).mean() * 100)
 
 
@@ -91,12 +99,16 @@ def find_metric(text: str) -> Metric:
     """Return `top1`, or the function that `package.module:function` names.
 
     Raises:
-        DataError: It cannot be imported.
+        DataError: It cannot be imported, or is no function.
     """
     if text == "top1":
         return top1
+    if not is_name(text):
+        raise DataError(f"unknown metric {text!r}; expected top1 or package.module:function")
     with importable_cwd():
         found: Metric = find(text, DataError)
+    if not callable(found):
+        raise DataError(f"the metric {text} is a {type(found).__name__}; expected a function")
     return found
 
 
@@ -130,16 +142,7 @@ def compare(
     sign = -1.0 if getattr(metric, "lower_is_better", False) else 1.0
     name = getattr(metric, "__name__", "metric")
     drop = sign * (before - after)
-    return Comparison(
-        result.sqnr_db,
-        result.cosine,
-        result.agreement,
-        result.max_error,
-        name,
-        before,
-        after,
-        drop,
-    )
+    return replace(result, metric=name, source_score=before, variant_score=after, drop=drop)
 
 
 class _Tally:
@@ -147,14 +150,16 @@ class _Tally:
 
     def __init__(self) -> None:
         self.power = self.noise = self.cosines = self.max_error = 0.0
-        self.samples = self.positions = self.same = 0
+        self.samples = self.positions = self.same = self.non_finite = 0
 
     def add(self, expected: dict[str, Array], got: dict[str, Array]) -> None:
         """Add one batch."""
         names = [name for name, array in expected.items() if _is_float(array)]
         if not names:
-            raise DataError(f"no float outputs to compare, only {sorted(expected)}")
-        count = len(expected[names[0]]) if expected[names[0]].ndim else 1
+            raise DataError(
+                f"no float outputs to compare, only {sorted(expected)}; pass --no-check"
+            )
+        count = _samples([expected[name] for name in names])
         flat = [
             np.concatenate([_rows(side[n], count) for n in names], axis=1)
             for side in (expected, got)
@@ -162,13 +167,14 @@ class _Tally:
         reference, actual = flat
         if not np.isfinite(reference).all():
             raise DataError("the source model's outputs are not finite on the check feeds")
-        miss = np.where(np.isfinite(actual), actual, 0.0) - reference
+        finite = np.isfinite(actual)
+        self.non_finite += int(finite.size - finite.sum())
+        actual = np.where(finite, actual, 0.0)
+        miss = actual - reference
         self.power += float(np.square(reference).sum())
         self.noise += float(np.square(miss).sum())
         self.max_error = max(self.max_error, float(np.abs(miss).max(initial=0.0)))
-        norms = np.linalg.norm(reference, axis=1) * np.linalg.norm(actual, axis=1)
-        same = np.einsum("ij,ij->i", reference, actual)
-        self.cosines += float(np.where(norms > 0, same / np.where(norms > 0, norms, 1), 1.0).sum())
+        self.cosines += float(_cosines(reference, actual).sum())
         self.samples += len(reference)
         first = expected[names[0]]
         if first.ndim >= 2 and first.shape[-1] > 1:
@@ -184,9 +190,8 @@ class _Tally:
             else 10 * np.log10(max(self.power, 1e-300) / self.noise)
         )
         agreement = self.same / self.positions if self.positions else None
-        return Comparison(
-            float(sqnr), self.cosines / max(self.samples, 1), agreement, self.max_error
-        )
+        cosine = self.cosines / max(self.samples, 1)
+        return Comparison(float(sqnr), cosine, agreement, self.max_error, self.non_finite)
 
 
 def _is_float(array: Array) -> bool:
@@ -194,10 +199,24 @@ def _is_float(array: Array) -> bool:
     return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
 
 
-def _rows(array: Array, count: int) -> npt.NDArray[np.float64]:
+def _samples(arrays: list[Array]) -> int:
+    """Return the length of axis 0 where all outputs agree on it; else they are one sample."""
+    lengths = {len(array) if array.ndim else 0 for array in arrays}
+    return (lengths.pop() or 1) if len(lengths) == 1 else 1
+
+
+def _rows(array: Array, count: int) -> Doubles:
     """Return an output as [samples, elements] in float64."""
-    whole = array.ndim and len(array) == count
-    return np.asarray(array, np.float64).reshape(count if whole else 1, -1)
+    return np.asarray(array, np.float64).reshape(count, -1)
+
+
+def _cosines(reference: Doubles, actual: Doubles) -> Doubles:
+    """Return the cosine of each row; 1 where both rows are zero, 0 where one is."""
+    lengths = np.linalg.norm(reference, axis=1), np.linalg.norm(actual, axis=1)
+    product = lengths[0] * lengths[1]
+    alike = np.where(lengths[0] == lengths[1], 1.0, 0.0)  # used where the product is zero
+    same = np.einsum("ij,ij->i", reference, actual)
+    return np.where(product > 0, same / np.where(product > 0, product, 1.0), alike)
 
 
 def _joined(parts: list[dict[str, Array]]) -> dict[str, Array]:
@@ -218,13 +237,16 @@ def _score(
     metric: Metric, outputs: dict[str, Array], feeds: dict[str, Array], labels: Array | None
 ) -> float:
     """Call the user's metric."""
+    name = getattr(metric, "__name__", repr(metric))
     try:
-        return float(metric(outputs, feeds, labels))
+        score = float(metric(outputs, feeds, labels))
     except DataError:
         raise
     except Exception as error:
-        name = getattr(metric, "__name__", repr(metric))
         raise DataError(f"the metric {name} failed: {type(error).__name__}: {error}") from error
+    if not np.isfinite(score):
+        raise DataError(f"the metric {name} returned {score}; expected a finite number")
+    return score
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -254,6 +276,7 @@ def latency(
         {"source": lambda: source(batch), "variant": lambda: variant(batch)}, rounds
     )
     ratios = np.divide(seconds["source"], seconds["variant"])
-    samples = len(next(iter(batch.values())))
+    first = next(iter(batch.values()))
+    samples = len(first) if np.ndim(first) else 1
     before, after = (float(np.median(seconds[name])) for name in ("source", "variant"))
     return Latency(samples, before, after, float(np.median(ratios)), rounds, threads)

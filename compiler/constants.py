@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-
-# numpy has no types below one byte; ml_dtypes brings them and onnx_ir packs them when it saves.
-_NARROW = {
-    ir.DataType.INT2: ml_dtypes.int2,
-    ir.DataType.UINT2: ml_dtypes.uint2,
-    ir.DataType.INT4: ml_dtypes.int4,
-    ir.DataType.UINT4: ml_dtypes.uint4,
-}
 
 
 def add(
@@ -27,19 +18,37 @@ def add(
     is shared, which keeps one scale for all readers of one value.
     """
     data = np.asarray(array)
-    if dtype is not None:
-        data = data.astype(_NARROW.get(dtype, dtype.numpy()))
+    tensor = _tensor(data, dtype)
     taken = graph.initializers.get(name)
-    if taken is not None and taken.const_value is not None:
-        same = taken.const_value.numpy()
-        if same.dtype == data.dtype and np.array_equal(same, data):
-            return taken
-    name = free(graph, name)
-    tensor = ir.tensor(data, name=name)
+    if taken is not None and _same(taken.const_value, tensor):
+        return taken
+    tensor.name = name = free(graph, name)
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(data.shape))
     value.const_value = tensor
     graph.register_initializer(value)
     return value
+
+
+def _same(first: ir.TensorProtocol | None, second: ir.TensorProtocol) -> bool:
+    """Whether two tensors have one type and one content."""
+    if first is None or first.dtype != second.dtype:
+        return False
+    return np.array_equal(first.numpy(), second.numpy())
+
+
+def _tensor(data: npt.NDArray[np.generic], dtype: ir.DataType | None) -> ir.TensorProtocol:
+    """Return a tensor of the data; codes of less than a byte lie packed, the first one lowest."""
+    if dtype is None:
+        return ir.tensor(data)
+    if dtype.bitwidth >= 8:
+        return ir.tensor(data.astype(dtype.numpy()))
+    per_byte = 8 // dtype.bitwidth
+    codes = data.astype(np.int8).view(np.uint8).ravel() & (2**dtype.bitwidth - 1)
+    codes = np.pad(codes, (0, -codes.size % per_byte)).reshape(-1, per_byte)
+    packed = np.zeros(len(codes), np.uint8)
+    for position in range(per_byte):
+        packed |= codes[:, position] << np.uint8(position * dtype.bitwidth)
+    return ir.PackedTensor(packed, dtype, shape=data.shape)
 
 
 def zero_points(graph: ir.Graph, scale: npt.NDArray[np.generic], dtype: ir.DataType) -> ir.Value:
@@ -54,6 +63,7 @@ def zero_points(graph: ir.Graph, scale: npt.NDArray[np.generic], dtype: ir.DataT
 def free(graph: ir.Graph, name: str) -> str:
     """Return the name, numbered when an initializer, input or node output already has it."""
     taken = set(graph.initializers) | {v.name for v in graph.inputs}
+    taken |= {v.name for node in graph for v in node.outputs}
     candidate, number = name, 1
     while candidate in taken:
         candidate, number = f"{name}_{number}", number + 1

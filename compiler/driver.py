@@ -16,7 +16,15 @@ from .artifact import REPORT, Artifact, fresh, seal, write_json
 from .contract import Progress, Target, silent
 from .errors import BudgetError, RecipeError
 from .feeds import Feeds
-from .intake import Data, Options, Source, find_metric, read_feeds, read_source
+from .intake import (
+    Data,
+    Options,
+    Source,
+    find_metric,
+    read_feeds,
+    read_options,
+    read_source,
+)
 from .lookup import make_target
 from .precision import Precision
 from .recipe import Recipe
@@ -63,10 +71,7 @@ def compile(
         BudgetError: `max_drop` is missed; the artifact is there, so that it can be looked at.
         BrokenPassError: A pass broke the model.
     """
-    try:
-        wanted = Options(**options)
-    except TypeError as error:
-        raise RecipeError(f"compile: {error}") from None
+    wanted = read_options(options)
     targets = [make_target(text) for text in wanted.targets]
     if not targets or len({t.name for t in targets}) < len(targets):
         raise RecipeError(f"name each target once, at least one; got {list(wanted.targets)}")
@@ -91,16 +96,19 @@ def compile(
     return artifact
 
 
-def _recipe(given: str | None, target: Target, precision: Precision) -> Recipe:
+def _recipe(given: Recipe | str | Path | None, target: Target, precision: Precision) -> Recipe:
     """Return the recipe asked for, or the target's own."""
     if given is None:
         return target.recipe(precision)
-    if given.endswith(".toml"):
-        try:
-            return Recipe.from_toml(Path(given).read_text())
-        except OSError as error:
-            raise RecipeError(f"cannot read the recipe {given}: {error.strerror}") from None
-    return Recipe.parse(given)
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, str) and not given.endswith(".toml"):
+        return Recipe.parse(given)
+    try:
+        text = Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {given}: {error}") from None
+    return Recipe.from_toml(text)
 
 
 def _write(

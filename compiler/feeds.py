@@ -123,7 +123,8 @@ class Feeds:
     def __iter__(self) -> Iterator[Batch]:
         whole = _unit(self.specs) is None
         for batch in cut(self._parts(), self._size):
-            yield {name: array[0] for name, array in batch.items()} if whole else batch
+            # The ellipsis keeps a scalar an array.
+            yield {name: array[0, ...] for name, array in batch.items()} if whole else batch
 
     @property
     def _size(self) -> int:

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
 from . import compare
 from .artifact import sha256
-from .errors import DataError, ModelError
-from .external import data_files
+from .errors import DataError, ModelError, RecipeError, did_you_mean
+from .external import data_files, external_tensors
 from .feeds import Feeds, input_specs, made_up
 from .model import load, refuse_non_finite, refuse_unsound, save
 from .named import is_name
+from .recipe import Recipe
 
 CALIBRATION_BATCH = 8
 HOLD_OUT = 5  # every 5th sample checks when no check feeds are given
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(BaseModel):
     """What a compile may be told; the command line's options have the same names.
 
     Attributes:
         targets: Targets as text, e.g. `cpu` or `cpu{isa="avx2"}`.
         precision: `w8a8`, `w4a8`, `w2a8`, or `w8` and so on for weights only.
         ranges: Where activation ranges come from; see `Precision`.
-        recipe: A recipe instead of the target's own: text, or the path of a .toml file.
+        recipe: A recipe instead of the target's own: a Recipe, its text, or the path of a .toml
+            file. It alone decides the widths then.
         metric: `top1`, `module:function` or a function; scores outputs. Default: top1 if there are
-        labels.
+            labels.
         max_drop: Budget on the metric's drop, in the metric's unit.
         seed: Seed of everything that draws.
         memory: Bound in bytes on the activations held at once during calibration.
@@ -41,15 +44,17 @@ class Options:
         check: Whether to compare the variant with its source at the end.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     targets: tuple[str, ...] = ("cpu",)
     precision: str = "w8a8"
     ranges: Literal["auto", "static", "dynamic"] = "auto"
-    recipe: str | None = None
-    metric: str | compare.Metric | None = None
-    max_drop: float | None = None
-    seed: int = 0
-    memory: int = 1 << 30
-    threads: int = 1
+    recipe: str | Path | InstanceOf[Recipe] | None = None
+    metric: str | Callable[..., float] | None = None
+    max_drop: float | None = Field(None, allow_inf_nan=False)
+    seed: int = Field(0, ge=0)
+    memory: int = Field(1 << 30, ge=1)
+    threads: int = Field(1, ge=1)
     stage: bool = False
     force: bool = False
     check: bool = True
@@ -75,6 +80,24 @@ class Data:
     held_out: bool
 
 
+def read_options(given: dict[str, Any]) -> Options:
+    """Check options.
+
+    Raises:
+        RecipeError: An unknown option, or a value of the wrong type or size.
+    """
+    for name in sorted(set(given) - set(Options.model_fields)):
+        raise RecipeError(
+            f"compile has no option {name!r}{did_you_mean(name, Options.model_fields)}"
+        )
+    try:
+        return Options(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise RecipeError(f"option {name} = {given[name]!r}: {first['msg'].lower()}") from None
+
+
 def read_source(model: str | Path | ir.Model | onnx.ModelProto, work: Path, stage: bool) -> Source:
     """Load or export the model; what came from memory is written to a file for the runtime."""
     path, name = None, "model"
@@ -83,13 +106,12 @@ def read_source(model: str | Path | ir.Model | onnx.ModelProto, work: Path, stag
 
         name, loaded = model, from_text(model)
     elif isinstance(model, str | Path):
-        path, name = Path(model), Path(model).name
-        loaded = load(path, stage=work / "staged" if stage else None)
-        path = next(
-            (work / "staged").glob(f"*/{path.name}"), path
-        )  # where it was copied to, if it was
+        path, name, staged = Path(model), Path(model).name, work / "staged"
+        loaded = load(path, stage=staged if stage else None)
+        if staged.is_dir():  # the runtime opens the copies too
+            path = next(staged.iterdir()) / name
     elif isinstance(model, onnx.ModelProto):
-        loaded = ir.from_proto(model)
+        loaded = _from_proto(model)
     elif isinstance(model, ir.Model):
         loaded = model.clone()
     else:
@@ -104,6 +126,24 @@ def read_source(model: str | Path | ir.Model | onnx.ModelProto, work: Path, stag
     files = [path, *data_files(path)]
     digest = "+".join(sha256(file) for file in files)
     return Source(name, loaded, path, digest, sum(file.stat().st_size for file in files))
+
+
+def _from_proto(proto: onnx.ModelProto) -> ir.Model:
+    """Return the model of a proto that carries its weights.
+
+    Raises:
+        ModelError: A malformed proto, or one whose weights lie in files.
+    """
+    try:
+        model = ir.serde.deserialize_model(proto)
+    except Exception as error:  # onnx_ir raises whatever a malformed field leads to
+        raise ModelError(f"the ModelProto is not a sound ONNX model: {error}") from error
+    for tensor in external_tensors(model):
+        raise ModelError(
+            f"the ModelProto keeps {tensor.name!r} in the file {str(tensor.location)!r}, and does "
+            "not say where that is; give the path of the model file, or load it with its data"
+        )
+    return model
 
 
 def read_feeds(model: ir.Model, data: Any, check_data: Any, wanted: Options, work: Path) -> Data:
@@ -130,8 +170,11 @@ def find_metric(wanted: Options, feeds: Data) -> compare.Metric | None:
     """Return the metric asked for; labels alone ask for top1.
 
     Raises:
-        DataError: The metric cannot be found, or a budget on it is set and there is none.
+        DataError: The metric cannot be found, or a budget on it is set and there is none, or
+            nothing is checked at all.
     """
+    if not wanted.check and (wanted.metric is not None or wanted.max_drop is not None):
+        raise DataError("a metric or --max-drop needs the check: leave out --no-check")
     labels = feeds.check is not None and feeds.check.labels is not None
     asked = wanted.metric or ("top1" if labels else None)
     if asked is None and wanted.max_drop is not None:

@@ -49,8 +49,9 @@ class Observer:
     def sizes(self, names: list[str], feeds: Feeds) -> dict[str, int]:
         """Return bytes of each value for the largest batch, measured on a single sample."""
         first = next(iter(feeds.rebatched(1) if feeds.rebatchable else feeds))
-        samples = max(len(next(iter(batch.values()))) for batch in feeds)
-        scale = samples if feeds.rebatchable else 1
+        scale = 1
+        if feeds.rebatchable:
+            scale = max(len(next(iter(batch.values()))) for batch in feeds)
         sizes: dict[str, int] = {}
         for start in range(0, len(names), PROBE):
             part = names[start : start + PROBE]

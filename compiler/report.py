@@ -57,6 +57,7 @@ class AccuracyRow(_Row):
     cosine: float
     agreement: float | None
     max_error: float
+    non_finite: int
     metric: str | None
     source_score: float | None
     variant_score: float | None
@@ -177,6 +178,8 @@ def verdict(
     ]
     if bytes_after >= bytes_before:
         lines.append(f"NOT SMALLER than the source: {bytes_after} bytes against {bytes_before}")
+    if accuracy is not None and accuracy.non_finite:
+        lines.append(f"NOT FINITE: {accuracy.non_finite} elements of the outputs are NaN or inf")
     if accuracy is not None and accuracy.sqnr_db < 10:
         lines.append(f"FAR from the source: the outputs' SQNR is {accuracy.sqnr_db:.1f} dB")
     return lines

@@ -41,9 +41,12 @@ def print_report(console: Console, artifact: Artifact) -> None:
         for name, why in row.stayed_float.items():
             console.print(f"{escape(row.target)}: {escape(name)} ran in float: {escape(why)}")
     remarks = sum(len(row.remarks) for row in report.targets)
+    folder = artifact.folder
     console.print(
-        f"{artifact.folder}: {remarks} remarks; see `fourfold explain {artifact.folder}`",
+        f"{folder}: {remarks} remarks; see `fourfold explain {folder}`",
         highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
 
 

@@ -68,7 +68,7 @@ class Variant:
         report = TargetReport(
             target=str(self.target),
             capability=self.target.capability.name,
-            precision=str(self.precision),
+            precision=str(self.precision) if self.wanted.recipe is None else "by recipe",
             recipe=str(self.recipe),
             file_bytes=size,
             bits_per_weight=bits_per_weight(rewritten),

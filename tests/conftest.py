@@ -3,12 +3,17 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
+from hypothesis import HealthCheck, settings
 from onnx_ir.passes.common import ShapeInferencePass
 
 from fourfold.compiler.contract import Context
 from fourfold.compiler.graph import subgraphs
 from fourfold.compiler.verifier import Interface, faults_of
 from fourfold.targets.cpu import Cpu
+
+# A busy machine is no reason to fail.
+settings.register_profile("fourfold", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fourfold")
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
 
@@ -142,12 +147,15 @@ def canonical(graph, names=None):
     read, lines = set(), []
 
     def visit(node):
-        for value in node.inputs:
-            if value is not None and id(value) not in names and value.producer() is not None:
-                visit(value.producer())
+        # The bodies of If and Loop read values of this graph too.
+        captured = [v for body in subgraphs(node) for n in body.all_nodes() for v in n.inputs]
+        for value in (*node.inputs, *captured):
+            producer = value.producer() if value is not None and id(value) not in names else None
+            if producer is not None and producer.graph is graph:
+                visit(producer)
         if node.outputs and id(node.outputs[0]) in names:
             return
-        read.update(map(id, node.inputs))
+        read.update(map(id, (*node.inputs, *captured)))
         inputs = [names.get(id(v), str(v)) if v is not None else "-" for v in node.inputs]
         inner = [line for body in subgraphs(node) for line in canonical(body, names)]
         plain = [f"{key}={_attribute(a)}" for key, a in sorted(node.attributes.items())]

@@ -69,7 +69,7 @@ def test_the_lattice_widens_by_octaves():
 
 
 @given(DATA, st.sampled_from(METHODS), st.sampled_from(["uint8", "int8"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_ranges_contain_zero(x, method, dtype):
     low, high = made(x).range(method, Format(dtype))
     assert low <= 0 <= high
@@ -77,7 +77,7 @@ def test_ranges_contain_zero(x, method, dtype):
 
 
 @given(DATA)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_mse_is_no_worse_than_minmax(x):
     histogram = made(x)
     best, plain = (histogram.range(method, UINT8) for method in ("mse", "minmax"))
