@@ -136,13 +136,13 @@ def compare(task_name: str, candidates: list[Candidate], rounds: int) -> Iterato
         measure.interleaved(paths, measure.latency_feeds(task, batch), rounds) for batch in BATCHES
     ]
     reference: list[np.ndarray] | None = None
-    yield f"{task_name:16} {task.metric:>14} {'SQNR dB':>8} {'MB':>7} {'b1 x':>6} {'b8 x':>6}"
+    yield f"{task_name:24} {task.metric:>14} {'SQNR dB':>8} {'MB':>7} {'b1 x':>6} {'b8 x':>6}"
     for candidate in candidates:
         score, outputs = measure.accuracy(task, candidate.path)
         reference = outputs if reference is None else reference
         sqnr = measure.sqnr_db(reference, outputs)
         ratios = " ".join(f"{s[candidates[0].name] / s[candidate.name]:6.2f}" for s in seconds)
-        yield f"{candidate.name:16} {score:14.3f} {sqnr:8.1f} {candidate.megabytes:7.2f} {ratios}"
+        yield f"{candidate.name:24} {score:14.3f} {sqnr:8.1f} {candidate.megabytes:7.2f} {ratios}"
 
 
 def main() -> None:

@@ -196,7 +196,8 @@ class _Tally:
 
 def _is_float(array: Array) -> bool:
     """Whether an output holds floats."""
-    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+    dtype = getattr(array, "dtype", None)  # sequences and maps have none
+    return dtype is not None and (dtype.kind == "f" or dtype.name == "bfloat16")
 
 
 def _samples(arrays: list[Array]) -> int:

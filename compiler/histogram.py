@@ -95,7 +95,7 @@ class Histogram:
         if self.exponent is None:  # nothing but zeros so far
             self.counts[HALF] += x.size
             return
-        index = np.trunc(np.ldexp(x.astype(np.float64), -self.exponent)).astype(np.int64)
+        index = np.floor(np.ldexp(x.astype(np.float64), -self.exponent)).astype(np.int64)
         self.counts += np.bincount(index + HALF, minlength=2 * HALF)
 
     def cells(self) -> tuple[Doubles, Doubles]:

@@ -15,6 +15,8 @@ from ..compiler import constants
 from ..compiler.contract import Context, Pass
 from ..compiler.graph import is_constant, is_standard, sole_consumer
 
+EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
+
 
 class FuseMatmulBias(Pass):
     """Fold a constant bias into the integer MatMul before it."""
@@ -34,7 +36,9 @@ class FuseMatmulBias(Pass):
 
 def _bias_add(node: ir.Node) -> ir.Node | None:
     """Return the Add of a constant vector behind an integer MatMul, or None."""
-    if not is_standard(node, "MatMul") or not all(_from_codes(v) for v in node.inputs):
+    if not is_standard(node, "MatMul") or not _fits(node.inputs[0]):
+        return None
+    if not _fits(node.inputs[1], columns=True):
         return None
     add = sole_consumer(node.outputs[0])
     if add is None or not is_standard(add, "Add"):
@@ -48,10 +52,20 @@ def _bias_add(node: ir.Node) -> ir.Node | None:
     return add if is_vector else None
 
 
-def _from_codes(value: ir.Value | None) -> bool:
-    """Whether the value is made by a DequantizeLinear."""
+def _fits(value: ir.Value | None, columns: bool = False) -> bool:
+    """Whether the value is dequantized in a form that the kernel takes.
+
+    That is 8-bit codes with one scale, or with one for each of the `columns`.
+    """
     producer = value.producer() if value is not None else None
-    return producer is not None and is_standard(producer, "DequantizeLinear")
+    if producer is None or not is_standard(producer, "DequantizeLinear"):
+        return False
+    codes, scale = producer.inputs[:2]
+    if codes is None or codes.dtype not in EIGHT_BITS or scale is None or scale.shape is None:
+        return False
+    rank = len(scale.shape)
+    by_column = columns and rank == 1 and producer.attributes.get_int("axis", 1) in (1, -1)
+    return rank == 0 or by_column
 
 
 def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
@@ -70,7 +84,8 @@ def _fuse(matmul: ir.Node, add: ir.Node, graph: ir.Graph) -> None:
     fused = constants.make_node(
         "MatMulIntegerToFloat",
         [
-            *(x.inputs[0], w.inputs[0], x.inputs[1], w.inputs[1], x.inputs[2], w.inputs[2]),
+            *(x.inputs[0], w.inputs[0], x.inputs[1], w.inputs[1]),
+            *(source.inputs[2] if len(source.inputs) > 2 else None for source in (x, w)),
             _other(add, matmul.outputs[0]),
         ],
         str(matmul.name),

@@ -8,11 +8,14 @@ A 4- or 2-bit table goes through a Cast to int8 that is folded at load, as other
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from ..compiler import constants
 from ..compiler.contract import Context, Pass
 from ..compiler.graph import is_standard
+
+SIGNED = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.INT2)
 
 
 class LowerEmbeddings(Pass):
@@ -24,18 +27,24 @@ class LowerEmbeddings(Pass):
         for node in list(model.graph):
             table = node.inputs[0] if is_standard(node, "Gather") else None
             source = table.producer() if table is not None else None
-            if source is None or not is_standard(source, "DequantizeLinear"):
-                continue
-            scale = source.inputs[1]
-            if (
-                source.attributes.get_int("axis", 1) != 0
-                or scale is None
-                or scale.const_value is None
-            ):
+            if source is None or node.attributes.get_int("axis", 0) or not _by_row(source):
                 continue
             _lower(node, source, model.graph)
             changed += 1
         return changed
+
+
+def _by_row(source: ir.Node) -> bool:
+    """Whether this is a DequantizeLinear with a scale a row and zero points of zero."""
+    if not is_standard(source, "DequantizeLinear") or source.attributes.get_int("block_size", 0):
+        return False
+    codes, scale, *rest = source.inputs
+    if codes is None or codes.dtype not in SIGNED or scale is None or scale.const_value is None:
+        return False
+    zero = rest[0] if rest else None
+    if zero is not None and (zero.const_value is None or np.any(zero.const_value.numpy())):
+        return False
+    return len(scale.const_value.shape) == 1 and source.attributes.get_int("axis", 1) == 0
 
 
 def _lower(gather: ir.Node, source: ir.Node, graph: ir.Graph) -> None:
@@ -75,6 +84,8 @@ def _lower(gather: ir.Node, source: ir.Node, graph: ir.Graph) -> None:
     output.name = f"{name}_lowered"
     product.name = name
     if not tuple(source.outputs[0].uses()):
+        parameters = source.inputs[1:]
         graph.remove(source, safe=True)
-        if not tuple(scale.uses()):
-            graph.initializers.pop(str(scale.name))
+        for unread in parameters:
+            if unread is not None and not tuple(unread.uses()):
+                graph.initializers.pop(str(unread.name))

@@ -31,7 +31,7 @@ class UnpackWeights(Pass):
         for node in list(model.graph):
             if not is_standard(node, "DequantizeLinear") or not is_constant(node.inputs[0]):
                 continue
-            if node.attributes.get_int("block_size", 0) or _is_bias(node):
+            if node.attributes.get_int("block_size", 0) or _is_bias(node) or _is_shifted(node):
                 continue
             if _integer_readers_only(node):
                 changed += _widen_to_kernel(node, model.graph)
@@ -47,10 +47,17 @@ def _is_bias(node: ir.Node) -> bool:
     return node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.INT32
 
 
+def _is_shifted(node: ir.Node) -> bool:
+    """Whether a zero point is not zero, as in models that came quantized; those stay as they are."""
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    return zero is not None and (zero.const_value is None or bool(np.any(zero.const_value.numpy())))
+
+
 def _integer_readers_only(node: ir.Node) -> bool:
     """Whether every reader has its other operand in codes too."""
+    uses = [use for use in node.outputs[0].uses() if use.idx < 2]
     return all(
-        _dequantized(use.node.inputs[1 - use.idx]) for use in node.outputs[0].uses() if use.idx < 2
+        len(use.node.inputs) > 1 and _dequantized(use.node.inputs[1 - use.idx]) for use in uses
     )
 
 

@@ -1,8 +1,7 @@
 """Computes float16 and bfloat16 graphs in float32; callers notice nothing.
 
 before:  x: f16 -> MatMul(x, w: f16) -> y: f16
-becomes
-after:   x: f16 -> Cast(to f32) -> MatMul(., w: f32) -> y_float32: f32 -> Cast(to f16) -> y: f16
+becomes: x: f16 -> Cast(to f32) -> MatMul(., w: f32) -> y_float32: f32 -> Cast(to f16) -> y: f16
 
 Inputs and outputs keep their types, with a Cast at each border; all between becomes float32:
 initializers (exactly, since float32 holds every number of both), constants, the types of values,

@@ -142,6 +142,30 @@ def test_one_scale_for_the_tensor_is_widened_too(becomes):
     )
 
 
+def test_a_weight_with_a_reader_of_one_operand_is_widened_to_float(becomes):
+    before = f"""{HEADER} g (float[n,2] x) => (float[n,3] y)
+    <int8[3,2] c = {{1, 2, 3, 4, 5, 6}}, float[3] s = {{0.5, 1, 2}}> {{
+        w = DequantizeLinear <axis = 0> (c, s)
+        t = Transpose (w)
+        y = MatMul (x, t)
+    }}"""
+    becomes(
+        UnpackWeights(),
+        before,
+        before.replace("float[3] s", "float[3,1] s").replace(
+            "w = DequantizeLinear <axis = 0> (c, s)", "f = Cast <to = 1> (c) w = Mul (f, s)"
+        ),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_a_weight_that_came_with_zero_points_is_left_alone(dtype, becomes):
+    text = float_reader(dtype, zero="[2] z = {0, 3}")
+    becomes(UnpackWeights(), text, text)
+    text = model_of("MatMul").replace("int8[2] z = {0, 0}", "int8[2] z = {0, 3}")
+    becomes(UnpackWeights(), text, text)
+
+
 WEIGHT_ONLY = 'assign-bits{weights=%d activations="float"},round-weights,unpack-weights'
 
 
