@@ -265,7 +265,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 def latency(
-    source: Runner, variant: Runner, batch: Mapping[str, Array], threads: int, budget: float = 4.0
+    source: Runner, variant: Runner, batch: Mapping[str, Array], threads: int, budget: float = 2.0
 ) -> Latency:
     """Measure one batch on both, in turns, for about `budget` seconds."""
     start = time.perf_counter()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from ..compiler import notes
 from ..compiler.capability import Capability, Legality
 from ..compiler.contract import Cost, Emitted, Placement, Runner, Target
 from ..compiler.formats import Format
@@ -53,6 +54,8 @@ INTEGER_KERNELS = frozenset(
 WEIGHTED_KERNELS = frozenset(
     {"Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"}
 )
+
+NOT_FUSED = "onnxruntime did not fuse it"
 
 # Tells onnxruntime's own tools that the model is quantized, so that they do not warn about it.
 METADATA = {"onnx.infer": "onnxruntime.quant", "onnx.quant.pre_process": "onnxruntime.quant"}
@@ -179,17 +182,51 @@ class Cpu(Target):
 
 def _stayed_float(graph: Any, model: ir.Model) -> dict[str, str]:
     """Return the weighted kernels that stayed float, with the plan's reason where it has one."""
-    from ..compiler import notes
-
-    constants = {t.name for t in graph.initializer}
-    reasons = {str(n.name): notes.read(n.outputs[0]).why for n in model.graph if n.outputs}
+    # A weight that is dequantized on every call feeds a float kernel just as a float one does.
+    weights = {t.name for t in graph.initializer}
+    weights |= {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in weights
+    }
+    sources = {str(v.name): node for node in model.graph for v in node.outputs}
+    sources |= {str(node.name): node for node in model.graph if node.name}
     kept = {}
-    for node in graph.node:
-        if node.op_type in WEIGHTED_KERNELS and len(node.input) > 1 and node.input[1] in constants:
-            kept[node.name or node.output[0]] = (
-                reasons.get(node.name) or "onnxruntime did not fuse it"
-            )
+    for kernel in graph.node:
+        if kernel.op_type in WEIGHTED_KERNELS and kernel.input[1] in weights:
+            node = _source(kernel.name, sources)
+            name = kernel.name or kernel.output[0]
+            kept[str(node.name) if node else name] = _why_float(node)
     return kept
+
+
+def _source(kernel: str, sources: dict[str, ir.Node]) -> ir.Node | None:
+    """Return the weighted node that a kernel came from.
+
+    onnxruntime calls its kernels `fused fc1`, `fc2/MatMulAddFusion`, or for blocked layouts after
+    the output of the last node in it: `r1_nchwc`.
+    """
+    name = kernel.removesuffix("_nchwc")
+    name = name if name in sources else name.removeprefix("fused ").partition("/")[0]
+    node = sources.get(name)
+    while node is not None and node.op_type not in WEIGHTED_KERNELS:
+        node = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    return node
+
+
+def _why_float(node: ir.Node | None) -> str:
+    """Return the plan's reason, or that onnxruntime left an integer form as it was."""
+    if node is None or node.inputs[1] is None:
+        return NOT_FUSED
+    codes = node.inputs[1]
+    while (maker := codes.producer()) is not None and maker.inputs[0] is not None:
+        codes = maker.inputs[0]
+    planned = [notes.read(value) for value in (codes, node.outputs[0])]
+    why = next((note.why for note in planned if note.mode == "float"), None)
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if why is None and (source is None or source.op_type != "DequantizeLinear"):
+        why = planned[0].why
+    return why or NOT_FUSED
 
 
 def _capability(isa: str) -> Capability:

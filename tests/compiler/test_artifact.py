@@ -216,3 +216,36 @@ def test_sha256_reads_in_pieces(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(content)
     monkeypatch.setattr(artifact, "CHUNK", 100)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_force_keeps_what_a_user_put_into_an_artifact(artifact):
+    (artifact.folder / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"also holds 'notes\.txt'"), fresh(artifact.folder, True):
+        raise AssertionError("must not get here")
+    assert (artifact.folder / "notes.txt").read_text() == "mine"
+
+
+def test_the_old_artifact_comes_back_when_the_last_step_fails(artifact, monkeypatch):
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.name == "build" and path != artifact.folder:
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with (
+        pytest.raises(DataError, match=r"cannot move .* no space"),
+        fresh(artifact.folder, force=True) as (build, _),
+    ):
+        fill(build, "new")
+    assert artifact.entry("cpu").read_text() == "weights"
+    assert names(artifact.folder.parent) == ["build"]
+
+
+def test_a_dangling_link_is_in_the_way(tmp_path):
+    (tmp_path / "build").symlink_to(tmp_path / "nowhere")
+    for force in (False, True):
+        with pytest.raises(DataError), fresh(tmp_path / "build", force):
+            raise AssertionError("must not get here")
+    assert (tmp_path / "build").is_symlink()

@@ -1,7 +1,6 @@
 """End to end: digits and small models go in, artifacts come out."""
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -77,8 +76,8 @@ def proto_of(kind="float", opset=21):
     """x -> MatMul -> Add -> Relu -> MatMul -> y, with weights of the same type as x."""
     proto = onnx.parser.parse_model(MLP.format(kind=kind, opset=opset))
     dtype = onnx.helper.tensor_dtype_to_np_dtype(proto.graph.input[0].type.tensor_type.elem_type)
-    for name, shape in (("w1", (16, 16)), ("b1", (1, 16)), ("w2", (16, 4))):
-        array = samples(*shape, seed=shape[1]) / 4
+    for name, shape in (("w1", (16, 16)), ("b1", (16,)), ("w2", (16, 4))):
+        array = np.random.default_rng(len(shape)).normal(size=shape) / 4
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(dtype), name))
     return proto
 
@@ -163,16 +162,16 @@ def test_the_recipe_parses_back(digits, precision):
     assert written == Recipe.parse(row(artifact).recipe)
 
 
-def test_a_recipe_of_ones_own(digits, out, tmp_path):
-    expected = digits("w4a8").entry("cpu").read_bytes()
-    recipe = Recipe.parse(row(digits("w4a8")).recipe)
+def test_a_recipe_of_ones_own(out, tmp_path):
+    feeds = {"x": samples()}
+    usual = fourfold.compile(proto_of(), out, feeds, precision="w4a8", check=False)
+    recipe = Recipe.parse(row(usual).recipe)
     (tmp_path / "own.toml").write_text(recipe.to_toml())
     forms = [str(recipe), str(tmp_path / "own.toml"), tmp_path / "own.toml", recipe]
     for number, form in enumerate(forms):
-        made = fourfold.compile(MODEL, f"{out}{number}", CALIB, recipe=form, check=False)
-        assert made.entry("cpu").read_bytes() == expected
-        assert row(made).precision == "by recipe"
-        assert row(made).accuracy is None
+        made = fourfold.compile(proto_of(), f"{out}{number}", feeds, recipe=form, check=False)
+        assert contents(made) == contents(usual)
+        assert (row(usual).precision, row(made).precision) == ("w4a8", "by recipe")
 
 
 def test_a_recipe_without_ranges_says_so(out):
@@ -190,7 +189,6 @@ def test_dynamic_ranges_need_no_data(out):
     assert one.stayed_float == {}
 
 
-@pytest.mark.xfail(reason="onnxruntime leaves MatMul -> Relu in float; unnoticed", strict=True)
 def test_what_stays_float_at_run_time_is_told(out):
     proto = proto_of()
     del proto.graph.node[1]  # the Add
@@ -346,12 +344,14 @@ def test_two_compiles_are_alike(digits, out):
     assert contents(again) == contents(digits())
 
 
-def test_the_split_of_the_feeds_does_not_matter(digits, out):
-    image = np.load(CALIB)["image"]
-    parts = [{"image": part} for part in np.split(image, [1, 7, 150, 299])]
-    for number, feeds in enumerate((parts, iter(parts), {"image": image})):
-        made = fourfold.compile(MODEL, f"{out}{number}", feeds, CHECK)
-        assert contents(made) == contents(digits())
+def test_the_split_of_the_feeds_does_not_matter(out):
+    x = samples()
+    parts = [{"x": part} for part in np.split(x, [1, 7, 20, 39])]
+    forms = [{"x": x}, parts, iter(parts)]
+    made = [fourfold.compile(proto_of(), f"{out}{i}", form) for i, form in enumerate(forms)]
+    first, *others = map(contents, made)
+    assert others == [first, first]
+    assert len({one.report.check.sha256 for one in made}) == 1
 
 
 @pytest.mark.xfail(reason="fusions depend on the slice of values that is fetched", strict=True)
@@ -368,11 +368,10 @@ def test_the_check_does_not_matter(digits, out):
 def test_the_order_of_sets_does_not_matter(digits, out):
     """Sets of texts are walked in an order that differs from process to process."""
     code = "import sys, fourfold; fourfold.compile(*sys.argv[1:4], check=False)"
-    for seed in "1", "2":
-        environment = {**os.environ, "PYTHONPATH": str(HOME.parent), "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-c", code, str(MODEL), f"{out}{seed}", str(CALIB)]
-        subprocess.run(command, env=environment, check=True, timeout=60)
-        assert contents(fourfold.Artifact(Path(f"{out}{seed}"))) == contents(digits())
+    environment = {**os.environ, "PYTHONPATH": str(HOME.parent), "PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", code, str(MODEL), str(out), str(CALIB)]
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    assert contents(fourfold.Artifact(out)) == contents(digits())
 
 
 # What a caller of the model sees, and models of other kinds
@@ -423,7 +422,8 @@ def test_narrow_floats(kind, out):
     proto = proto_of(kind)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(proto.graph.input[0].type.tensor_type.elem_type)
     one = row(fourfold.compile(proto, out, {"x": samples().astype(dtype)}))
-    assert one.kernels["QLinearMatMul"] + one.kernels.get("MatMulIntegerToFloat", 0) == 2
+    assert one.kernels["MatMulIntegerToFloat"] == 2
+    assert one.stayed_float == {}
     assert one.accuracy.sqnr_db > 25
     assert [v.dtype.name for v in load(out / "cpu" / "model.onnx").graph.inputs] == [kind.upper()]
 

@@ -1,7 +1,6 @@
 """What the tests of targets share: a whole compile, without the driver."""
 
 from collections import namedtuple
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from fourfold.compiler.precision import Precision
 from fourfold.compiler.recipe import Recipe
 from fourfold.compiler.runner import run
 
-Variant = namedtuple("Variant", "model emitted runner context rows")
+Variant = namedtuple("Variant", "model emitted placement runner context rows")
 
 
 @pytest.fixture
@@ -35,9 +34,10 @@ def compiled(tmp_path):
             passes = tuple(
                 p.model_copy(update=options) if p.name == "assign-bits" else p for p in passes
             )
-        after, rows = run(Recipe(passes), model, replace(context, remarks=context.remarks))
+        after, rows = run(Recipe(passes), model, context)
         emitted = target.emit(after, folder)
-        return Variant(after, emitted, target.open(emitted.entry), context, rows)
+        placement = target.placement(after, emitted.entry)
+        return Variant(after, emitted, placement, target.open(emitted.entry), context, rows)
 
     return compile_
 
