@@ -1,4 +1,4 @@
-"""What each lowering pass of the CPU recipe is worth: the recipe without it, timed beside the whole.
+"""What each lowering pass of the CPU recipe is worth: the recipe without it, beside the whole.
 
     python benchmarks/ablation.py [--task minilm-sts] [--precision w4a8] [--rounds 20]
 
@@ -20,7 +20,13 @@ import fourfold
 from fourfold.compiler.precision import Precision
 from fourfold.targets.cpu import Cpu
 
-LOWERING = ("fuse-matmul-bias", "split-skip-layernorm", "lower-embeddings", "unpack-weights")
+LOWERING = (
+    "pad-codes",
+    "fuse-matmul-bias",
+    "split-skip-layernorm",
+    "lower-embeddings",
+    "unpack-weights",
+)
 METHODS = ("minmax", "percentile", "entropy")
 
 

@@ -150,7 +150,7 @@ class AssignBits(Pass):
     def _plan_float(
         self, node: ir.Node, output: ir.Value, found: regions.Regions, context: Context
     ) -> None:
-        """Write why a node stays float on its output and its weight; tell it where there is one."""
+        """Write why a node stays float on its output and its weight, and tell of the weight."""
         reason = found.why_float[str(output.name)]
         weight = weight_of(node)
         homes = (

@@ -27,7 +27,7 @@ class LowerEmbeddings(Pass):
         for node in list(model.graph):
             table = node.inputs[0] if is_standard(node, "Gather") else None
             source = table.producer() if table is not None else None
-            if source is None or node.attributes.get_int("axis", 0) or not _by_row(source):
+            if source is None or node.attributes.get_int("axis", 0) != 0 or not _by_row(source):
                 continue
             _lower(node, source, model.graph)
             changed += 1
@@ -36,7 +36,9 @@ class LowerEmbeddings(Pass):
 
 def _by_row(source: ir.Node) -> bool:
     """Whether this is a DequantizeLinear with a scale a row and zero points of zero."""
-    if not is_standard(source, "DequantizeLinear") or source.attributes.get_int("block_size", 0):
+    if not is_standard(source, "DequantizeLinear"):
+        return False
+    if source.attributes.get_int("block_size", 0) != 0:
         return False
     codes, scale, *rest = source.inputs
     if codes is None or codes.dtype not in SIGNED or scale is None or scale.const_value is None:

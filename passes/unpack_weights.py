@@ -48,9 +48,11 @@ def _is_bias(node: ir.Node) -> bool:
 
 
 def _is_shifted(node: ir.Node) -> bool:
-    """Whether a zero point is not zero, as in models that came quantized; those stay as they are."""
+    """Whether a zero point is not zero, as in models that came quantized; those stay."""
     zero = node.inputs[2] if len(node.inputs) > 2 else None
-    return zero is not None and (zero.const_value is None or bool(np.any(zero.const_value.numpy())))
+    if zero is None:
+        return False
+    return zero.const_value is None or bool(np.any(zero.const_value.numpy()))
 
 
 def _integer_readers_only(node: ir.Node) -> bool:

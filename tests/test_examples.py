@@ -21,7 +21,11 @@ needs_data = pytest.mark.skipif(
 
 def run(script: Path, *arguments: str, cwd: Path) -> list[str]:
     done = subprocess.run(
-        [sys.executable, str(script), *arguments], cwd=cwd, capture_output=True, text=True, check=False
+        [sys.executable, str(script), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

@@ -354,7 +354,6 @@ def test_the_split_of_the_feeds_does_not_matter(out):
     assert len({one.report.check.sha256 for one in made}) == 1
 
 
-@pytest.mark.xfail(reason="fusions depend on the slice of values that is fetched", strict=True)
 def test_the_memory_bound_does_not_matter(digits, out):
     made = fourfold.compile(MODEL, out, CALIB, CHECK, memory=100_000)
     assert contents(made) == contents(digits())

@@ -33,7 +33,7 @@ def parsed(text):
 
 
 def planned(text, pass_, context, ranges=(), sqnr=40.0):
-    """Run the pass on a model whose named values are calibrated to [-1, 3], or [0, 3] behind Relu."""
+    """Run the pass on values that are calibrated to [-1, 3], or to [0, 3] behind Relu."""
     model = parsed(text)
     by_name = {value.name: value for value in values(model)}
     for name in ranges:
@@ -126,7 +126,7 @@ def test_the_floor_of_auto_is_an_option(context):
 
 
 def test_a_conv_has_no_dynamic_form_so_without_a_range_it_stays_float(context):
-    model, plan, _ = planned(LAYERS, AssignBits(), context)
+    _, plan, _ = planned(LAYERS, AssignBits(), context)
     assert plan["x"]["mode"] == "float"
     assert plan["x"]["why"] == "no range: not calibrated, and no dynamic form"
     told = {r.subject: r.reason for r in context.remarks}
@@ -142,7 +142,7 @@ def test_weight_only_leaves_activations_alone(context):
 
 def test_nodes_are_kept_float_by_name(context):
     pass_ = AssignBits(activations="static", keep=("conv", "pl.*n"))
-    model, plan, _ = planned(LAYERS, pass_, context, EVERYTHING)
+    _, plan, _ = planned(LAYERS, pass_, context, EVERYTHING)
     assert plan["wc"] == plan["c"] == {"mode": "float", "why": "Conv: kept as asked"}
     assert plan["wg"] == {"mode": "float", "why": "Gemm: kept as asked"}
     assert formats(plan)["wt"] == "int8 per_axis(0)"

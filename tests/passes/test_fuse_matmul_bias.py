@@ -39,9 +39,10 @@ def test_the_bias_goes_into_the_kernel(add, becomes, context, parse, outputs, cl
 
 def test_a_range_taken_at_run_time(becomes, parse, outputs, close):
     static, dynamic = "q = QuantizeLinear (x, xs, xz)", "q, ds, dz = DynamicQuantizeLinear (x)"
-    before = text(codes=CODES.split("},\n")[0] + "}")
+    weights = CODES.partition("},\n")[0] + "}"
+    before = text(codes=weights)
     before = before.replace(static, dynamic).replace("(q, xs, xz)", "(q, ds, dz)")
-    after = FUSED.replace(CODES, CODES.split("},\n")[0] + "}").replace(static, dynamic)
+    after = FUSED.replace(CODES, weights).replace(static, dynamic)
     model = becomes(FuseMatmulBias(), before, after.replace("xs, s, xz", "ds, s, dz"))
     close(outputs(parse(before), plain=True, x=X), outputs(model, x=X))
 

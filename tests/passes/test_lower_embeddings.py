@@ -25,11 +25,12 @@ RECIPE = 'assign-bits{weights=%d activations="float"},round-weights,lower-embedd
 
 
 def test_codes_are_gathered_and_only_the_found_rows_rescaled(becomes, context, parse, outputs):
-    before = becomes(LowerEmbeddings(), BEFORE.replace(f", {ZERO}", "").replace(", z)", ")"), AFTER)
-    assert LowerEmbeddings().run(before, context) == 0
+    model = becomes(LowerEmbeddings(), BEFORE, AFTER)
+    becomes(LowerEmbeddings(), BEFORE.replace(f", {ZERO}", "").replace(", z)", ")"), AFTER)
+    assert LowerEmbeddings().run(model, context) == 0
     ids = np.array([2, 0, -1, 1])
     expected = outputs(parse(BEFORE), plain=True, ids=ids)["y"]
-    assert outputs(before, ids=ids)["y"].tobytes() == expected.tobytes()
+    assert outputs(model, ids=ids)["y"].tobytes() == expected.tobytes()
 
 
 def test_ids_of_any_rank_and_tables_of_any_rank(context, parse, outputs):

@@ -234,8 +234,7 @@ def test_the_file_holds_the_bits_that_were_asked_for(precision, bits, zoo, compi
 def test_each_width_of_weights_has_the_same_kernels(zoo, compiled):
     for make in zoo.values():
         found = [
-            compiled(VNNI, make(), precision).placement
-            for precision in ("w8a8", "w4a8", "w2a8")
+            compiled(VNNI, make(), precision).placement for precision in ("w8a8", "w4a8", "w2a8")
         ]
         assert found[0] == found[1] == found[2]
 
