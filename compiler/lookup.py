@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from .contract import Option, Pass, Target
 from .errors import RecipeError, did_you_mean
+from .text import parse_items
 
 ROOT = (__package__ or "fourfold.compiler").rpartition(".")[0]
 
@@ -83,8 +84,6 @@ def make_target(text: str) -> Target:
     Raises:
         RecipeError: As `make`, or the text does not parse.
     """
-    from .recipe import parse_items
-
     items = parse_items(text)
     if len(items) != 1:
         raise RecipeError(f"expected one target, got {text!r}; repeat the option for several")

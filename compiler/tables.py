@@ -169,7 +169,8 @@ def explanation(
 
 def print_explanation(console: Console, facts: dict[str, Any]) -> None:
     """Print a plan and its remarks."""
-    console.print(f"[bold]{escape(facts['target'])}[/bold] on {facts['capability']}")
+    target, capability = escape(facts["target"]), escape(facts["capability"])
+    console.print(f"[bold]{target}[/bold] on {capability}")
     console.print(f"recipe  {facts['recipe']}", highlight=False, markup=False)
     table = Table("value", "decision", "range", "why", box=None, pad_edge=False)
     for name, note in facts["plan"].items():

@@ -115,7 +115,7 @@ class Variant:
         try:
             return open_runner(self.source.path, threads)
         except UnsupportedError:
-            if not passes.passes:
+            if not passes:
                 raise
         path = self.work / f"{self.target.name}-reference.onnx"
         rewritten, _ = runner.run(

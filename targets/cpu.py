@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ..compiler import notes
 from ..compiler.capability import Capability, Legality
-from ..compiler.contract import Cost, Emitted, Placement, Runner, Target
+from ..compiler.contract import Cost, Emitted, Pass, Placement, Runner, Target
 from ..compiler.formats import Format
 from ..compiler.graph import weight_of
 from ..compiler.model import newest_opset, save
@@ -116,11 +116,11 @@ class Cpu(Target):
             )
         )
 
-    def reference(self) -> Recipe:
+    def reference(self) -> tuple[Pass, ...]:
         """Return the pass that runs bfloat16 models, for which onnxruntime has no CPU kernels."""
         from ..passes.widen_floats import WidenFloats
 
-        return Recipe((WidenFloats(),))
+        return (WidenFloats(),)
 
     def cost(self, node: ir.Node, format: Format | None) -> Cost:
         """Return the stored bytes of the node's weight and scales; no seconds are measured."""

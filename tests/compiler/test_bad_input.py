@@ -368,7 +368,7 @@ def external_proto():
     return given
 
 
-def unlabelled(batches):
+def failing(batches):
     yield from batches
     raise OSError("the disk went away")
 
@@ -382,7 +382,7 @@ CALLS = {
     "feeds of lists": ({"data": [[1, 2]]}, DataError, "expected a dict of arrays, got a list"),
     "feeds of nothing": ({"data": []}, DataError, "hold no samples; give at least one"),
     "feeds that raise": (
-        {"data": unlabelled([{"x": X}])},
+        {"data": failing([{"x": X}])},
         DataError,
         "feeds raised OSError after batch 1: the disk went away",
     ),
