@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BeforeValidator, PlainSerializer
 
 from .contract import Progress, Runner, silent
 from .errors import DataError
@@ -17,6 +19,14 @@ from .named import find, importable_cwd, is_name
 
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
+
+
+def _to_json(value: float) -> float | str:
+    """JSON knows no infinity; identical outputs have an infinite SQNR."""
+    return value if math.isfinite(value) else str(value)
+
+
+Decibel = Annotated[float, PlainSerializer(_to_json), BeforeValidator(float)]
 
 
 class Metric(Protocol):
@@ -46,7 +56,7 @@ class Comparison:
         drop: How much worse the variant is, in the metric's unit (negative: better).
     """
 
-    sqnr_db: float
+    sqnr_db: Decibel
     cosine: float
     agreement: float | None
     max_error: float

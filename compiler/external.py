@@ -181,14 +181,9 @@ def _why_linked(folder: Path, location: str) -> str | None:
 
 def data_files(path: Path) -> list[Path]:
     """Return the data files that a checked model file names, sorted."""
-    proto = onnx.load(path, load_external_data=False)
-    locations = {
-        entry.value
-        for tensor in proto.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return sorted(path.parent / os.path.normpath(location) for location in locations)
+    model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
+    locations = {os.path.normpath(tensor.location) for tensor in external_tensors(model)}
+    return sorted(path.parent / location for location in locations)
 
 
 def staged(model: ir.Model, path: Path, stage: Path) -> Path:

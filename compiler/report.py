@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import BaseModel, ConfigDict
 
 from .compare import Comparison, Latency
 from .contract import Remark
 from .runner import PassRow
-
-
-def _to_json(value: float) -> float | str:
-    """JSON knows no infinity; identical outputs have an infinite SQNR."""
-    return value if math.isfinite(value) else str(value)
-
-
-Decibel = Annotated[float, PlainSerializer(_to_json), BeforeValidator(float)]
 
 
 class _Row(BaseModel):
@@ -50,70 +41,6 @@ class FeedsRow(_Row):
     made_up: bool = False
 
 
-class AccuracyRow(_Row):
-    """See `compare.Comparison`."""
-
-    sqnr_db: Decibel
-    cosine: float
-    agreement: float | None
-    max_error: float
-    non_finite: int
-    metric: str | None
-    source_score: float | None
-    variant_score: float | None
-    drop: float | None
-
-    @classmethod
-    def of(cls, comparison: Comparison) -> AccuracyRow:
-        """Copy the figures."""
-        return cls(**vars(comparison))
-
-
-class LatencyRow(_Row):
-    """See `compare.Latency`; seconds."""
-
-    batch: int
-    source: float
-    variant: float
-    ratio: float
-    rounds: int
-    threads: int
-
-    @classmethod
-    def of(cls, measured: Latency) -> LatencyRow:
-        """Copy the figures."""
-        return cls(**vars(measured))
-
-
-class PassReport(_Row):
-    """See `runner.PassRow`."""
-
-    name: str
-    changed: int
-    seconds: float
-    nodes: int
-    weight_bytes: int
-    lost_notes: tuple[str, ...]
-
-    @classmethod
-    def of(cls, row: PassRow) -> PassReport:
-        """Copy the figures."""
-        return cls(**vars(row))
-
-
-class RemarkRow(_Row):
-    """See `contract.Remark`."""
-
-    source: str
-    subject: str
-    reason: str
-
-    @classmethod
-    def of(cls, remark: Remark) -> RemarkRow:
-        """Copy the text."""
-        return cls(**vars(remark))
-
-
 class TargetReport(_Row):
     """One variant.
 
@@ -140,11 +67,11 @@ class TargetReport(_Row):
     bits_per_weight: float | None
     kernels: dict[str, int]
     stayed_float: dict[str, str]
-    accuracy: AccuracyRow | None
-    latency: tuple[LatencyRow, ...]
+    accuracy: Comparison | None
+    latency: tuple[Latency, ...]
     verdict: tuple[str, ...]
-    passes: tuple[PassReport, ...]
-    remarks: tuple[RemarkRow, ...]
+    passes: tuple[PassRow, ...]
+    remarks: tuple[Remark, ...]
     seconds: float
 
 
@@ -167,7 +94,7 @@ class Report(_Row):
 
 
 def verdict(
-    accuracy: AccuracyRow | None, rows: tuple[LatencyRow, ...], bytes_before: int, bytes_after: int
+    accuracy: Comparison | None, rows: tuple[Latency, ...], bytes_before: int, bytes_after: int
 ) -> list[str]:
     """Say in words what the figures say: slower, larger, or far from its source."""
     lines = [

@@ -54,6 +54,8 @@ def opened_source(
     Raises:
         DataError: It is no such kind, or cannot be read.
     """
+    if source == "":
+        raise DataError("the feeds have an empty name; expected a file, folder or module:function")
     if isinstance(source, str) and is_name(source) and not Path(source).exists():
         with importable_cwd():  # a generator's body runs, and imports, while it is spooled
             returned = call(source, DataError)

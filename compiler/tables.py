@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections import Counter
 from pathlib import Path
@@ -163,7 +164,7 @@ def explanation(
         "plan": {name: note for name, note in plan.items() if part in name},
         "kernels": report.kernels,
         "stayed_float": report.stayed_float,
-        "remarks": [r.model_dump() for r in report.remarks if part in r.subject],
+        "remarks": [dataclasses.asdict(r) for r in report.remarks if part in r.subject],
     }
 
 

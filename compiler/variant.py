@@ -12,12 +12,11 @@ import onnx_ir as ir
 from . import compare, notes, runner
 from .contract import Context, Placement, Progress, Remark, Runner, Target
 from .errors import UnsupportedError
-from .graph import is_float
 from .intake import Data, Options, Source
 from .model import save
 from .precision import Precision
 from .recipe import Recipe
-from .report import AccuracyRow, LatencyRow, PassReport, RemarkRow, TargetReport, verdict
+from .report import TargetReport, verdict
 from .session import open_runner
 
 
@@ -59,8 +58,8 @@ class Variant:
         emitted = self.target.emit(rewritten, folder)
         seconds = time.perf_counter() - start
         placement = Placement({}, {})
-        accuracy: AccuracyRow | None = None
-        latency: tuple[LatencyRow, ...] = ()
+        accuracy: compare.Comparison | None = None
+        latency: tuple[compare.Latency, ...] = ()
         if self.feeds.check is not None:  # loading takes the memory of a run
             placement = self.target.placement(rewritten, emitted.entry)
             accuracy, latency = self._measure(emitted.entry)
@@ -77,8 +76,8 @@ class Variant:
             accuracy=accuracy,
             latency=latency,
             verdict=tuple(verdict(accuracy, latency, self.source.bytes, size)),
-            passes=tuple(PassReport.of(row) for row in rows),
-            remarks=tuple(RemarkRow.of(remark) for remark in remarks),
+            passes=tuple(rows),
+            remarks=tuple(remarks),
             seconds=seconds,
         )
         return report, emitted.entry, plan
@@ -96,7 +95,7 @@ class Variant:
                 f"target {self.target.name} cannot run {self.source.name}: {'; '.join(lines[:5])}"
             )
 
-    def _measure(self, entry: Path) -> tuple[AccuracyRow, tuple[LatencyRow, ...]]:
+    def _measure(self, entry: Path) -> tuple[compare.Comparison, tuple[compare.Latency, ...]]:
         """Compare source and variant on the check feeds, and time both in turns."""
         feeds, threads = self.feeds.check, self.wanted.threads
         assert feeds is not None
@@ -106,8 +105,8 @@ class Variant:
         rows = []
         for size in sizes:
             batch = next(iter(feeds.rebatched(size) if size else feeds))
-            rows.append(LatencyRow.of(compare.latency(source, variant, batch, threads)))
-        return AccuracyRow.of(accuracy), tuple(rows)
+            rows.append(compare.latency(source, variant, batch, threads))
+        return accuracy, tuple(rows)
 
     def _reference(self, threads: int) -> Runner:
         """Open the source; what onnxruntime refuses as it came is rewritten by `reference`."""
@@ -119,24 +118,24 @@ class Variant:
                 raise
         path = self.work / f"{self.target.name}-reference.onnx"
         rewritten, _ = runner.run(
-            passes, self.source.model, Context(self.target.capability, self.work)
+            Recipe(passes), self.source.model, Context(self.target.capability, self.work)
         )
         save(rewritten, path)
         return open_runner(path, threads)
 
 
 def bits_per_weight(model: ir.Model) -> float | None:
-    """Return stored bits (codes and scales) per element over all quantized weights, or None."""
-    bits = elements = 0
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is None or notes.read(value).format is None:
-            continue
-        bits += tensor.nbytes * 8
-        elements += tensor.size
-    scales = {
-        id(v): v.const_value.nbytes * 8
-        for name, v in model.graph.initializers.items()
-        if v.const_value is not None and is_float(v) and name.endswith(("_scale", "_spread"))
+    """Return stored bits (codes and scales) per element of all quantized weights, or None."""
+    stored = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
     }
-    return (bits + sum(scales.values())) / elements if elements else None
+    planned = [n for n in stored if notes.read(model.graph.initializers[n]).format is not None]
+    elements = sum(stored[name].size for name in planned)
+    bits = 0
+    for name in planned:
+        plain = name.removesuffix("_quantized")
+        forms = (name, f"{plain}_scale", f"{plain}_scale_spread", f"{name}_row_scale")
+        bits += sum(stored[form].nbytes * 8 for form in forms if form in stored)
+    return bits / elements if elements else None

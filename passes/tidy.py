@@ -39,6 +39,7 @@ class Tidy(Pass):
 
         before = sum(1 for _ in model.graph.all_nodes())
         common.InlinePass()(model)
+        self._own_weights(model, context)
         changed = self._convert(model, context)
         common.ShapeInferencePass()(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -67,6 +68,14 @@ class Tidy(Pass):
             node.metadata_props.clear()  # the rewriter's own diary
         after = sum(1 for _ in model.graph.all_nodes())
         return max(before - after, 0) + changed
+
+    def _own_weights(self, model: ir.Model, context: Context) -> None:
+        """Make constants of weights that old exporters also list as inputs with a default."""
+        listed = [v.name for v in model.graph.inputs if v.name in model.graph.initializers]
+        if listed:
+            common.RemoveInitializersFromInputsPass()(model)
+            reason = f"{len(listed)} weights were inputs with a default and are constants now"
+            context.remark(self, listed[0], reason)
 
     def _convert(self, model: ir.Model, context: Context) -> int:
         """Raise the opset to what the target needs."""

@@ -519,3 +519,15 @@ def test_a_targets_options(out):
     ]
     # Without VNNI, sums of two products saturate in 16 bits.
     assert max(int(np.abs(array.astype(int)).max(initial=0)) for array in codes) in (63, 64)
+
+
+def test_weights_that_old_exporters_list_as_inputs_become_constants(out):
+    proto = onnx.load(MODEL)
+    for tensor in list(proto.graph.initializer):
+        proto.graph.input.append(
+            onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        )
+    made = fourfold.compile(proto, out, CALIB, CHECK)
+    assert row(made).kernels["QLinearConv"] == 6
+    assert [i.name for i in onnx.load(made.entry("cpu")).graph.input] == ["image"]
+    assert any("inputs with a default" in r.reason for r in row(made).remarks)

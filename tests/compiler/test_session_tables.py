@@ -19,11 +19,7 @@ from fourfold.compiler.errors import DataError, ModelError, RecipeError, Unsuppo
 from fourfold.compiler.formats import Format, PerAxis
 from fourfold.compiler.intake import Options, read_options
 from fourfold.compiler.report import (
-    AccuracyRow,
     FeedsRow,
-    LatencyRow,
-    PassReport,
-    RemarkRow,
     Report,
     SourceRow,
     TargetReport,
@@ -144,13 +140,13 @@ def test_options():
 
 # The report
 
-FAR = AccuracyRow.of(Comparison(3.0, 0.5, None, 1.0))
-WORSE = AccuracyRow.of(Comparison(3.0, 0.5, 0.5, 1.0, 0, "top1", 90.0, 50.0, 40.0))
-NEAR = AccuracyRow.of(Comparison(30.0, 0.999, 0.99, 0.1, 0, "top1", 90.0, 89.5, 0.5))
+FAR = Comparison(3.0, 0.5, None, 1.0)
+WORSE = Comparison(3.0, 0.5, 0.5, 1.0, 0, "top1", 90.0, 50.0, 40.0)
+NEAR = Comparison(30.0, 0.999, 0.99, 0.1, 0, "top1", 90.0, 89.5, 0.5)
 
 
 def timed(ratio, batch=1):
-    return LatencyRow.of(Latency(batch, 1e-3 * ratio, 1e-3, ratio, 5, 1))
+    return Latency(batch, 1e-3 * ratio, 1e-3, ratio, 5, 1)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +158,7 @@ def timed(ratio, batch=1):
         (NEAR, (), 20, ["NOT SMALLER than the source: 20 bytes against 20"]),
         (FAR, (), 10, ["FAR from the source: the outputs' SQNR is 3.0 dB"]),
         (
-            AccuracyRow.of(Comparison(30.0, 1.0, None, 0.0, 7)),
+            Comparison(30.0, 1.0, None, 0.0, 7),
             (),
             10,
             ["NOT FINITE: 7 elements of the outputs are NaN or inf"],
@@ -188,8 +184,8 @@ def target_report(**changes):
         "accuracy": NEAR,
         "latency": (timed(1.5), timed(2.5, batch=8)),
         "verdict": ("FAR [away]",),
-        "passes": (PassReport.of(PassRow("tidy", 1, 0.5, 3, 100, ("gone",))),),
-        "remarks": (RemarkRow.of(Remark("tidy", "conv[1]", "because [b]")),),
+        "passes": (PassRow("tidy", 1, 0.5, 3, 100, ("gone",)),),
+        "remarks": (Remark("tidy", "conv[1]", "because [b]"),),
         "seconds": 1.5,
     }
     return TargetReport(**(fields | changes))
@@ -217,7 +213,7 @@ def report(*rows, **changes):
 
 
 def test_a_report_reads_back():
-    same = AccuracyRow.of(Comparison(float("inf"), 1.0, None, 0.0))
+    same = Comparison(float("inf"), 1.0, None, 0.0)
     given = report(target_report(accuracy=same), target_report(target="dsp", accuracy=None))
     text = json.dumps(given.to_json(), allow_nan=False)
     assert '"sqnr_db": "inf"' in text
