@@ -96,8 +96,9 @@ def test_the_attention_block_keeps_in_float_what_must_be(zoo, compiled):
     assert variant.placement.stayed_float == {}
     assert kernels["MatMulIntegerToFloat"] + kernels.get("DynamicQuantizeMatMul", 0) == 6
     assert kernels["LayerNormalization"] == 2
-    assert "SkipLayerNormalization" not in kernels
     assert kernels["Softmax"] == 1
+    # Each of these would take longer than the two kernels that it replaces; biases are in MatMul.
+    assert not kernels.keys() & {"SkipLayerNormalization", "BiasGelu", "Add"}
 
 
 def test_numbers_stay_close_to_the_source(zoo, compiled, sqnr, tmp_path):
