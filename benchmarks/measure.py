@@ -148,8 +148,9 @@ def interleaved(
 ) -> dict[str, float]:
     """Time models side by side in this process, so that a slow moment of the machine hits all.
 
-    Each round runs every candidate once, starting one further each time: no candidate always
-    follows the same neighbour.
+    Each round times every candidate once, in an order drawn anew (seeded), and runs it untimed
+    just
+    before: else a small model is charged for the caches that its larger neighbour emptied.
 
     Returns:
         Median seconds of one run for each name, over `rounds` runs after the warm-up.
@@ -159,10 +160,10 @@ def interleaved(
         for _ in range(WARM_UP):
             running.run(None, feeds)
     taken: dict[str, list[float]] = {name: [] for name in sessions}
-    names = list(sessions)
-    for turn in range(rounds):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
+    names, draw = list(sessions), np.random.default_rng(0)
+    for _ in range(rounds):
+        for name in draw.permutation(names):
+            sessions[name].run(None, feeds)
             begin = time.perf_counter()
             sessions[name].run(None, feeds)
             taken[name].append(time.perf_counter() - begin)
