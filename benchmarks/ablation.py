@@ -1,6 +1,6 @@
 """What each lowering pass of the CPU recipe is worth: the recipe without it, beside the whole.
 
-    python benchmarks/ablation.py [--task minilm-sts] [--precision w4a8] [--rounds 20]
+    python benchmarks/ablation.py [--task kwt] [--precision w4a8] [--rounds 20]
 
 Also times calibration methods by their accuracy: the recipe with another `calibrate{method=...}`.
 """
@@ -50,7 +50,7 @@ def recipes(precision: str) -> dict[str, str]:
 def main() -> None:
     """Compile every recipe, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=cpu.TASKS, default="minilm-sts")
+    parser.add_argument("--task", choices=(*cpu.TASKS, "kwt"), default="kwt")
     parser.add_argument("--precision", default="w8a8")
     parser.add_argument("--rounds", type=int, default=20)
     chosen = parser.parse_args()
