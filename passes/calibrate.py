@@ -3,7 +3,7 @@
 before:  values without notes
 becomes: Note(low, high, sqnr_db) on every value that an integer form could read or write
 
-The model runs once over the feeds; a `Histogram` a value is all that is kept (64 kB), so memory
+The model runs once over the feeds; a `Histogram` a value is all that is kept (32 kB), so memory
 does not grow with the number of samples. No edit is made.
 """
 

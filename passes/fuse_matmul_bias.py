@@ -4,7 +4,8 @@ before:  Add(MatMul(DequantizeLinear(xq, xs, xz), DequantizeLinear(wq, ws)), b)
 becomes: com.microsoft.MatMulIntegerToFloat(xq, wq, xs, ws, xz, , b)
 
 onnxruntime fuses the MatMul by itself but leaves the Add; then it fuses that Add with a Gelu
-behind it into a BiasGelu that takes twice the time of Gelu. Figures in docs/targets.md.
+behind it into a BiasGelu
+that takes longer than Gelu. Figures in docs/targets.md.
 """
 
 from __future__ import annotations

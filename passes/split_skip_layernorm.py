@@ -3,8 +3,8 @@
 before:  LayerNormalization(Add(x, skip), gamma, beta)
 becomes: LayerNormalization(Sum(x, skip), gamma, beta)
 
-onnxruntime fuses Add + LayerNormalization into SkipLayerNormalization, whose CPU kernel takes five
-times as long as the two kernels it replaces; Sum means the same and is not matched. Figures in
+onnxruntime fuses Add + LayerNormalization into SkipLayerNormalization, whose CPU kernel is
+slower than the two kernels it replaces; Sum means the same and is not matched. Figures in
 docs/targets.md.
 """
 

@@ -40,17 +40,6 @@ FLOAT_ONLY = {
     "MatMul": "two activations: converting them costs more than the integer kernel saves",
 }
 
-# Kernels that compute in integers, by the names that onnxruntime gives them after fusion.
-INTEGER_KERNELS = frozenset(
-    {
-        "QLinearConv",
-        "QLinearMatMul",
-        "QGemm",
-        "MatMulIntegerToFloat",
-        "DynamicQuantizeMatMul",
-        "MatMulInteger",
-    }
-)
 WEIGHTED_KERNELS = frozenset(
     {"Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"}
 )
