@@ -21,6 +21,7 @@ class Legality:
         dynamic: Whether the activation's range may be taken at run time.
         float_output: Whether the kernel can write float; otherwise its output must be quantized.
         since: Version of the runtime that this row was measured on.
+        blocks: Legal sizes of a block along the axis that the op sums over.
     """
 
     op_type: str
@@ -30,6 +31,7 @@ class Legality:
     dynamic: bool = False
     float_output: bool = False
     since: str = ""
+    blocks: tuple[int, ...] = ()
 
     def takes(self, weight: Format | None, activation: str) -> bool:
         """Whether this row covers a weight format (None: no weight) and activation container."""
@@ -38,6 +40,8 @@ class Legality:
         if weight is None:
             return not self.weights
         kind = GRANULARITIES[type(weight.granularity)]
+        if isinstance(weight.granularity, PerBlock) and weight.granularity.size not in self.blocks:
+            return False
         return weight.dtype in self.weights and kind in self.granularity
 
 
@@ -57,6 +61,8 @@ class Capability:
         static_shapes: Whether every shape must be known.
         float_only: op type -> why the target computes it in float.
         packed: Container -> the least opset that stores it.
+        ties_attention: Whether the runtime fuses q, k and v of one attention, so that all three
+            must have one form.
     """
 
     name: str
@@ -70,6 +76,7 @@ class Capability:
     static_shapes: bool = False
     float_only: dict[str, str] = field(default_factory=dict)
     packed: dict[str, int] = field(default_factory=dict)
+    ties_attention: bool = False
 
     def legal(self, op_type: str, weight: Format | None, activation: str) -> Legality | None:
         """Return the row that covers this form, or None."""

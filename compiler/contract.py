@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -18,10 +18,12 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
 from .capability import Capability
+from .errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from .choices import Choice
+    from .costs import Cost, CostTable, Workload
     from .feeds import Feeds
-    from .formats import Format
     from .precision import Precision
     from .recipe import Recipe
 
@@ -65,6 +67,8 @@ class Context:
         memory: Bound in bytes on activations held at once.
         progress: Shows long steps.
         remarks: Where `remark` collects.
+        cost: What a workload costs in one of its forms on the target, or None.
+        plan: A plan to obey instead of deciding anew: value name -> fields of its note.
     """
 
     capability: Capability
@@ -74,6 +78,8 @@ class Context:
     memory: int = 1 << 30
     progress: Progress = silent
     remarks: list[Remark] = field(default_factory=list)
+    cost: Callable[[Workload, Choice], Cost] | None = None
+    plan: Mapping[str, Mapping[str, Any]] | None = None
 
     def remark(self, source: Pass, subject: str | None, reason: str) -> None:
         """Record why a pass did or did not do something to `subject`."""
@@ -124,14 +130,6 @@ class Pass(Option, ABC):
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one node costs in one format: stored bytes, and seconds where they were measured."""
-
-    bytes: int
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
 class Placement:
     """Which kernels the runtime really ran.
 
@@ -171,8 +169,25 @@ class Target(Option, ABC):
         return ()
 
     @abstractmethod
-    def cost(self, node: ir.Node, format: Format | None) -> Cost:
-        """Return what the node costs with its weight in `format` (None: float32)."""
+    def cost(self, workload: Workload, choice: Choice) -> Cost:
+        """Return the stored bytes of the weight in that form, and the seconds of one call."""
+
+    def profile(
+        self, workloads: Sequence[Workload], folder: Path, progress: Progress = silent
+    ) -> CostTable:
+        """Measure every form of these workloads (none: a grid of common ones) on this machine.
+
+        The table is kept under the cache folder, so that `cost` finds it from then on.
+
+        Args:
+            workloads: What to measure.
+            folder: An existing folder for the models that are timed.
+            progress: Shows the steps.
+
+        Raises:
+            UnsupportedError: This target cannot be timed here.
+        """
+        raise UnsupportedError(f"target {self.name} has no profile: its costs are computed")
 
     @abstractmethod
     def unsupported(self, model: ir.Model) -> list[str]:

@@ -7,7 +7,9 @@ from fourfold.compiler.precision import Precision
 
 CHANNELS = Format("int8", PerAxis(0))
 CONV = Legality("Conv", ("int8",), ("uint8",), ("per_axis",))
-MATMUL = Legality("MatMul", ("int8", "int4"), ("uint8", "int8"), ("per_tensor", "per_block"))
+MATMUL = Legality(
+    "MatMul", ("int8", "int4"), ("uint8", "int8"), ("per_tensor", "per_block"), blocks=(32,)
+)
 ADD = Legality("Add", (), ("uint8",))
 GATHER = Legality("Gather", ("int4",), ("float",), ("per_axis",))
 CAPABILITY = Capability(
@@ -62,6 +64,7 @@ def test_refuses_other_precisions(text):
         (CONV, Format("int4", PerAxis(0)), "uint8", False),
         (CONV, None, "uint8", False),  # its weight must be constant
         (MATMUL, Format("int4", PerBlock(0, 32)), "int8", True),
+        (MATMUL, Format("int4", PerBlock(0, 64)), "int8", False),
         (MATMUL, CHANNELS, "int8", False),
         (ADD, None, "uint8", True),
         (ADD, CHANNELS, "uint8", False),

@@ -7,7 +7,9 @@ import onnx_ir as ir
 import pytest
 
 from fourfold.compiler import lookup
+from fourfold.compiler.choices import Choice
 from fourfold.compiler.contract import Target
+from fourfold.compiler.costs import Workload
 from fourfold.compiler.errors import RecipeError
 from fourfold.compiler.formats import Format, PerAxis
 from fourfold.compiler.graph import weight_of
@@ -96,16 +98,15 @@ def test_options_print_and_parse_back(name):
 @EVERY
 def test_narrow_weights_cost_fewer_bytes(name, zoo):
     target = lookup.make_target(name)
-    weighted = [node for node in zoo["convnet"]().graph if weight_of(node) is not None]
+    weighted = [w for node in zoo["convnet"]().graph if (w := weight_of(node)) is not None]
     assert len(weighted) == 3
-    for node in weighted:
-        axis = PerAxis(weight_of(node).axis)
-        four, eight = (target.cost(node, Format(f"int{n}", axis)).bytes for n in (4, 8))
-        floats = target.cost(node, None).bytes
+    for weight in weighted:
+        work = Workload.of(weight, (1, 8, 8, 8))
+        axis = PerAxis(weight.axis)
+        four, eight = (target.cost(work, Choice(Format(f"int{n}", axis))).bytes for n in (4, 8))
+        floats = target.cost(work, Choice()).bytes
         assert 0 < four < eight < floats
-        assert floats == weight_of(node).value.const_value.nbytes
-    relu = next(node for node in zoo["convnet"]().graph if node.op_type == "Relu")
-    assert target.cost(relu, None).bytes == 0
+        assert floats == weight.value.const_value.nbytes
 
 
 @EVERY
