@@ -83,9 +83,10 @@ class Artifact:
             DataError: The folder holds no plan, or one of another form.
         """
         found = self._json("plan.json").get(target, {})
-        if not isinstance(found, dict):
+        values = found.get("values", {}) if isinstance(found, dict) else None
+        if not isinstance(values, dict):
             raise DataError(f"{self.folder / 'plan.json'}: {target!r} is no JSON object")
-        return found
+        return values
 
     def _json(self, name: str) -> dict[str, Any]:
         """Read one of the artifact's JSON files."""

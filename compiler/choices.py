@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
 
 from .capability import Capability, Legality
 from .errors import RecipeError
 from .formats import DTYPES, Format, Granularity, PerAxis, PerBlock, PerTensor
-from .graph import Weight
+from .graph import Weight, readers_of, weights_of
 
 FLOAT_BITS = 32
 
@@ -62,11 +65,89 @@ def legal_choices(readers: Sequence[Weight], capability: Capability) -> tuple[Ch
         readers: The weight as each of its readers sees it, at least one.
         capability: The target's.
     """
-    common = list(_choices_of(readers[0], capability))
-    for reader in readers[1:]:
-        others = set(_choices_of(reader, capability))
-        common = [choice for choice in common if choice in others]
+    # Readers that see the channels on different axes share one scale for the whole tensor.
+    whole = len({reader.axis for reader in readers}) > 1
+    each = [list(_choices_of(reader, capability, whole)) for reader in readers]
+    found = dict.fromkeys(choice for choices in each for choice in choices)
+    pairs = list(zip(readers, each, strict=True))
+    common = [choice for choice in found if all(_takes(*pair, choice) for pair in pairs)]
     return (*sorted(common, key=_fineness), Choice())
+
+
+def _takes(reader: Weight, own: list[Choice], choice: Choice) -> bool:
+    """Whether a reader can live with a choice; a lookup meets no activation."""
+    if reader.node.op_type == "Gather":
+        return Choice(choice.format) in own
+    return choice in own
+
+
+Activations = Literal["auto", "static", "dynamic", "float", "any"]
+
+
+@dataclass(frozen=True)
+class Open:
+    """A weight whose form is open.
+
+    Attributes:
+        value: The float initializer.
+        readers: The weight as each of its readers sees it.
+        choices: What it may become, the widest first.
+    """
+
+    value: ir.Value
+    readers: tuple[Weight, ...]
+    choices: tuple[Choice, ...]
+
+    @property
+    def name(self) -> str:
+        """The initializer's name."""
+        return str(self.value.name)
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        assert self.value.const_value is not None
+        return int(self.value.const_value.size)
+
+
+def open_weights(
+    model: ir.Model, capability: Capability, widths: Sequence[int], activations: Activations
+) -> list[Open]:
+    """Return every weight that has a choice of these widths, in graph order.
+
+    Args:
+        model: The model; only the main graph is looked at.
+        capability: The target's.
+        widths: Stored bits of a code that are offered; 32 lets a weight stay float.
+        activations: `float` offers weight-only forms, `any` all forms; the others offer integer
+            kernels, and weight-only forms where a node has no integer kernel (embeddings).
+    """
+    found = []
+    for value in weights_of(model):
+        readers = tuple(readers_of(value))
+        legal = [c for c in legal_choices(readers, capability) if c.bits in widths]
+        choices = tuple(allowed(legal, activations))
+        if any(choice.format is not None for choice in choices):
+            found.append(Open(value, readers, choices))
+    return found
+
+
+def allowed(legal: Sequence[Choice], activations: Activations) -> list[Choice]:
+    """Return the choices of the kernels that are wanted; see `open_weights`."""
+    if activations == "any":
+        return list(legal)
+    integer = [c for c in legal if c.activation != "float"]
+    if activations == "float" or not integer:
+        # Block-wise forms round their activations, so weights only means one scale a channel.
+        return [c for c in legal if c.format is None or _whole(c)]
+    return [c for c in legal if c.format is None or c.activation != "float"]
+
+
+def _whole(choice: Choice) -> bool:
+    """Whether the weight is widened at load, so that the kernel is the float one."""
+    format = choice.format
+    blocked = format is not None and isinstance(format.granularity, PerBlock)
+    return choice.activation == "float" and not blocked
 
 
 def _fineness(choice: Choice) -> tuple[int, str]:
@@ -74,7 +155,7 @@ def _fineness(choice: Choice) -> tuple[int, str]:
     return -choice.bits, str(choice)
 
 
-def _choices_of(reader: Weight, capability: Capability) -> Iterator[Choice]:
+def _choices_of(reader: Weight, capability: Capability, whole: bool) -> Iterator[Choice]:
     """Yield what one reader can take, in the finest legal granularity and in every block size."""
     op_type = reader.node.op_type
     for rows, activation in (
@@ -86,7 +167,7 @@ def _choices_of(reader: Weight, capability: Capability) -> Iterator[Choice]:
             if row.op_type != op_type or activation not in row.activations:
                 continue
             for dtype in row.weights:
-                for granularity in _granularities(reader, row):
+                for granularity in _granularities(reader, row, whole):
                     used = min(DTYPES[dtype].bitwidth, capability.weight_bits)
                     format = Format(dtype, granularity, used)
                     if format not in seen:
@@ -94,14 +175,14 @@ def _choices_of(reader: Weight, capability: Capability) -> Iterator[Choice]:
                         yield Choice(format, activation)
 
 
-def _granularities(reader: Weight, row: Legality) -> Iterator[Granularity]:
+def _granularities(reader: Weight, row: Legality, whole: bool) -> Iterator[Granularity]:
     """Yield the finest granularity along channels that the row takes, and every legal block."""
-    if "per_axis" in row.granularity:
+    if "per_axis" in row.granularity and not whole:
         yield PerAxis(reader.axis)
     elif "per_tensor" in row.granularity:
         yield PerTensor()
     assert reader.value.const_value is not None
     shape = reader.value.const_value.shape.numpy()
-    if "per_block" in row.granularity and len(shape) == 2:
+    if "per_block" in row.granularity and len(shape) == 2 and not whole:
         inner = 1 - reader.axis
         yield from (PerBlock(inner, size) for size in row.blocks if shape[inner] % size == 0)

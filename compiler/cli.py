@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .amounts import read_bytes, read_numbers, read_seconds
 from .errors import BudgetError, DataError, FourfoldError
 
 if TYPE_CHECKING:
@@ -49,11 +50,18 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a command's options are its param
         str | None, typer.Option(help="Held-out feeds (with `labels` for a metric).")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="w8a8, w4a8, w2a8; w8, w4 for weights only.")
-    ] = "w8a8",
+        str | None,
+        typer.Option(
+            help="w8a8, w4a8, w2a8; w8, w4 for weights only; auto: bits by importance. "
+            "Default: auto under a budget, else w8a8."
+        ),
+    ] = None,
     ranges: Annotated[
         str, typer.Option(help="Activation ranges: auto, static or dynamic.")
     ] = "auto",
+    plan: Annotated[
+        Path | None, typer.Option(help="Obey this plan.json instead of deciding; edit it first.")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Passes to run instead: text, or a .toml file.")
     ] = None,
@@ -61,6 +69,33 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a command's options are its param
     max_drop: Annotated[
         float | None, typer.Option(help="Largest drop of the metric; else exit 3.")
     ] = None,
+    max_size: Annotated[
+        str | None, typer.Option(help="Largest size of all files, e.g. 6MB; else exit 3.")
+    ] = None,
+    max_latency: Annotated[
+        str | None, typer.Option(help="Longest call with a batch of one, e.g. 5ms; else exit 3.")
+    ] = None,
+    avg_bits: Annotated[
+        float | None, typer.Option(help="Most stored bits of a weight on average, e.g. 4.5.")
+    ] = None,
+    widths: Annotated[str, typer.Option(help="Widths that auto may mix.")] = "8,4,2",
+    signal: Annotated[
+        list[str],
+        typer.Option(
+            help="What says how important a weight is: measured, fisher (extra torch), "
+            "activation-weighted, quantization-error, kurtosis, zd, lim; repeat it. The first "
+            "that predicts losses leads."
+        ),
+    ] = ["measured"],  # noqa: B006 - typer copies it
+    method: Annotated[
+        str, typer.Option(help="milp: exact; greedy: least important first.")
+    ] = "milp",
+    sweep: Annotated[
+        int, typer.Option(min=0, help="Compile this many widths and show the front instead.")
+    ] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=0, help="Processes that measure importance; 0: one a core.")
+    ] = 0,
     memory: Annotated[
         str, typer.Option(help="Bound on activations held at once, e.g. 500MB.")
     ] = "1GB",
@@ -77,28 +112,35 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a command's options are its param
     quiet: Quiet = False,
 ) -> None:
     """Compile MODEL, check every variant against it, and report."""
+    options = {
+        "targets": tuple(target),
+        "precision": precision,
+        "ranges": ranges,
+        "plan": plan,
+        "recipe": recipe,
+        "metric": metric,
+        "max_drop": max_drop,
+        "max_size": None if max_size is None else read_bytes(max_size),
+        "max_latency": None if max_latency is None else read_seconds(max_latency),
+        "average_bits": avg_bits,
+        "widths": read_numbers(widths),
+        "signals": tuple(signal),
+        "method": method,
+        "seed": seed,
+        "memory": read_bytes(memory),
+        "threads": threads,
+        "jobs": jobs,
+        "stage": stage,
+        "force": force,
+        "check": not no_check,
+    }
+    if sweep:
+        _sweep(model, out, data, check, sweep, options, as_json, quiet)
+        return
     from .driver import compile
 
     with _progress(quiet or as_json) as progress, _shown_over_budget(out, as_json, quiet):
-        artifact = compile(
-            model,
-            out,
-            data,
-            check,
-            progress,
-            targets=tuple(target),
-            precision=precision,
-            ranges=ranges,
-            recipe=recipe,
-            metric=metric,
-            max_drop=max_drop,
-            seed=seed,
-            memory=_bytes(memory),
-            threads=threads,
-            stage=stage,
-            force=force,
-            check=not no_check,
-        )
+        artifact = compile(model, out, data, check, progress, **options)
     _show_report(artifact, as_json, quiet)
 
 
@@ -239,6 +281,28 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
+def _sweep(
+    model: str,
+    out: Path,
+    data: str | None,
+    check: str | None,
+    points: int,
+    options: dict[str, Any],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compile several widths and show which are worth having."""
+    from . import tables
+    from .sweep import sweep
+
+    with _progress(quiet or as_json) as progress:
+        front = sweep(model, out, data, check, points, progress, **options)
+    if as_json:
+        typer.echo(json.dumps(front.to_json()))
+    elif not quiet:
+        tables.print_front(Console(), front, out)
+
+
 @contextmanager
 def _shown_over_budget(out: Path, as_json: bool, quiet: bool) -> Iterator[None]:
     """Print the report too when a budget is missed: it says by how much, and what was gained."""
@@ -246,8 +310,9 @@ def _shown_over_budget(out: Path, as_json: bool, quiet: bool) -> Iterator[None]:
 
     try:
         yield
-    except BudgetError:
-        _show_report(Artifact(out), as_json, quiet)
+    except BudgetError as error:
+        if error.built:
+            _show_report(Artifact(out), as_json, quiet)
         raise
 
 
@@ -299,32 +364,6 @@ def _progress(silent: bool) -> Iterator[Any]:
                 bars.remove_task(task)
 
         yield watch
-
-
-def _bytes(text: str) -> int:
-    """Read `500MB`, `2GB` or a number of bytes.
-
-    Raises:
-        DataError: It is none of these.
-    """
-    units = {
-        "kb": 1000,
-        "mb": 1000**2,
-        "gb": 1000**3,
-        "kib": 1 << 10,
-        "mib": 1 << 20,
-        "gib": 1 << 30,
-        "b": 1,
-    }
-    plain = text.strip().lower()
-    unit = next((u for u in sorted(units, key=len, reverse=True) if plain.endswith(u)), "")
-    try:
-        amount = float(plain.removesuffix(unit)) * units.get(unit, 1)
-    except ValueError:
-        amount = 0
-    if not 1 <= amount < 1 << 63:  # nan is refused too
-        raise DataError(f"not an amount of memory: {text!r}; expected e.g. 500MB or 2GiB")
-    return int(amount)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from .errors import UnsupportedError
 
 if TYPE_CHECKING:
     from .choices import Choice
-    from .costs import Cost, CostTable, Workload
+    from .cost_table import CostTable
+    from .costs import Cost, Workload
     from .feeds import Feeds
     from .precision import Precision
     from .recipe import Recipe
@@ -38,6 +39,37 @@ class Remark:
     source: str
     subject: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How the bits of one plan were chosen.
+
+    Attributes:
+        method: How: uniform, milp, greedy or plan.
+        signal: The signal that predicted the losses, or None.
+        loss_kind: `mse` (noise power over signal power of the outputs) or `kl` (nats).
+        average_bits: Stored code bits per weight element, scales left out.
+        predicted_loss: Sum of the predicted losses.
+        measured_loss: Loss of the whole plan on calibration feeds, or None.
+        first_loss: The same before any repair.
+        repairs: Exchanges that lowered the measured loss.
+        trials: Whole plans that were measured.
+        predicted_seconds: Sum of the weighted nodes' seconds, or None.
+        cost_source: Where these seconds come from.
+    """
+
+    method: str
+    average_bits: float
+    signal: str | None = None
+    loss_kind: str | None = None
+    predicted_loss: float | None = None
+    measured_loss: float | None = None
+    first_loss: float | None = None
+    repairs: tuple[str, ...] = ()
+    trials: int = 0
+    predicted_seconds: float | None = None
+    cost_source: str | None = None
 
 
 class Progress(Protocol):
@@ -69,6 +101,8 @@ class Context:
         remarks: Where `remark` collects.
         cost: What a workload costs in one of its forms on the target, or None.
         plan: A plan to obey instead of deciding anew: value name -> fields of its note.
+        jobs: Processes for work that can be shared out.
+        decisions: Where passes put how they chose.
     """
 
     capability: Capability
@@ -80,6 +114,8 @@ class Context:
     remarks: list[Remark] = field(default_factory=list)
     cost: Callable[[Workload, Choice], Cost] | None = None
     plan: Mapping[str, Mapping[str, Any]] | None = None
+    jobs: int = 1
+    decisions: list[Decision] = field(default_factory=list)
 
     def remark(self, source: Pass, subject: str | None, reason: str) -> None:
         """Record why a pass did or did not do something to `subject`."""
@@ -119,6 +155,7 @@ class Pass(Option, ABC):
     """
 
     kind: ClassVar[str] = "passes"
+    decides: ClassVar[bool] = False  # whether it writes notes, that is: a part of the plan
 
     @abstractmethod
     def run(self, model: ir.Model, context: Context) -> int:

@@ -1,8 +1,7 @@
-"""What a weighted node costs on a machine: seconds of its real kernel by shape and form.
+"""What a weighted node costs: the shape of its work, its multiply-adds, and its stored bytes.
 
-A `Workload` is the shape of one node's work. A `CostTable` holds measured seconds by workload and
-form; what it does not hold it takes from the nearest workload of the same kind, and it says which.
-A target measures its own table (`Target.profile`) and may ship one. Tables are JSON files.
+A `Workload` is the shape of one node's work, a `Cost` what that work costs in one form. Measured
+seconds are in `cost_table.py`.
 """
 
 from __future__ import annotations
@@ -51,6 +50,10 @@ class Workload:
     input: tuple[int, ...]
     attributes: tuple[tuple[str, Any], ...] = ()
 
+    def attribute(self, name: str, default: Any) -> Any:
+        """Return an attribute, or the default where it was left out."""
+        return next((value for key, value in self.attributes if key == name), default)
+
     @classmethod
     def of(cls, reader: Weight, shape: tuple[int, ...]) -> Workload:
         """Return the workload of a node whose other operand has this shape."""
@@ -90,6 +93,63 @@ def stored_bytes(workload: Workload, choice: Choice) -> int:
     return codes + 4 * scales
 
 
-@dataclass(frozen=True)
-class CostTable:
-    """Measured seconds by workload and form (to be filled)."""
+def fits(workload: Workload) -> bool:
+    """Whether the ranks of weight and input are those that the operator takes."""
+    weight, rank = len(workload.weight), len(workload.input)
+    match workload.op_type:
+        case "MatMul":
+            return weight >= 2 and rank >= 1
+        case "Gemm":
+            return weight == 2 and rank == 2
+        case "Gather":
+            return weight >= 1
+        case "Conv" | "ConvTranspose":
+            return weight == rank >= 3 and all(
+                len(workload.attribute(name, ())) in (0, size * (rank - 2))
+                for name, size in (("strides", 1), ("dilations", 1), ("pads", 2))
+            )
+    return False
+
+
+def multiply_adds(workload: Workload) -> int:
+    """Return the multiply-adds of one call; of a Gather, the elements that it copies.
+
+    Padding counts as work. The workload must fit (see `fits`).
+    """
+    weight, given = workload.weight, workload.input
+    match workload.op_type:
+        case "Gather":
+            return prod(given) * prod(weight[1:])
+        case "Gemm":
+            return given[1 if workload.attribute("transA", 0) else 0] * prod(weight)
+        case "Conv":
+            return given[0] * prod(output_positions(workload)) * prod(weight)
+        case "ConvTranspose":
+            return prod(given[:1] + given[2:]) * prod(weight)
+    return prod(given[-2:-1]) * _batches(given[:-2], weight[:-2]) * prod(weight[-2:])
+
+
+def _batches(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    """Return the number of matrices that two broadcast stacks of them make."""
+    size = max(len(first), len(second))
+    pairs = ((1,) * (size - len(one)) + one for one in (first, second))
+    return prod(max(a, b) for a, b in zip(*pairs, strict=True))
+
+
+def output_positions(workload: Workload) -> tuple[int, ...]:
+    """Return the spatial sizes of a Conv's output; the workload must fit (see `fits`)."""
+    sizes, kernel = workload.input[2:], workload.weight[2:]
+    count = len(sizes)
+    strides = workload.attribute("strides", (1,) * count)
+    dilations = workload.attribute("dilations", (1,) * count)
+    auto_pad = workload.attribute("auto_pad", "NOTSET")
+    if auto_pad.startswith("SAME"):
+        return tuple(-(-size // stride) for size, stride in zip(sizes, strides, strict=True))
+    pads = workload.attribute("pads", (0,) * 2 * count)
+    if auto_pad == "VALID":
+        pads = (0,) * 2 * count
+    return tuple(
+        max((sizes[i] + pads[i] + pads[count + i] - reach) // strides[i] + 1, 0)
+        for i in range(count)
+        for reach in [dilations[i] * (kernel[i] - 1) + 1]
+    )

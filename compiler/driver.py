@@ -13,8 +13,9 @@ import onnx_ir as ir
 
 from . import runner
 from .artifact import REPORT, Artifact, fresh, seal, write_json
+from .budgets import hold
 from .contract import Progress, Target, silent
-from .errors import BudgetError, RecipeError
+from .errors import RecipeError
 from .feeds import Feeds
 from .intake import (
     Data,
@@ -26,15 +27,14 @@ from .intake import (
     read_source,
 )
 from .lookup import make_target
-from .precision import Precision
 from .recipe import Recipe
 from .report import (
     FeedsRow,
     Report,
     SourceRow,
-    TargetReport,
 )
-from .variant import Variant
+from .saved_plan import SavedPlan
+from .variant import Made, Variant
 
 PACKAGES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -68,38 +68,56 @@ def compile(
         RecipeError: An unknown target, pass or option.
         DataError: Feeds, metric or output folder cannot be used.
         UnsupportedError: A target cannot run the model.
-        BudgetError: `max_drop` is missed; the artifact is there, so that it can be looked at.
+        BudgetError: A budget is missed; where a variant could be made, the artifact is there.
         BrokenPassError: A pass broke the model.
     """
     wanted = read_options(options)
     targets = [make_target(text) for text in wanted.targets]
     if not targets or len({t.name for t in targets}) < len(targets):
         raise RecipeError(f"name each target once, at least one; got {list(wanted.targets)}")
-    precision = Precision.parse(wanted.precision, wanted.ranges)
-    recipes = [_recipe(wanted.recipe, target, precision) for target in targets]
+    precision = wanted.widths_asked()
+    recipes = [_recipe(wanted.recipe, target) for target in targets]
+    saved = [_plan(wanted, target) for target in targets]
     with fresh(Path(out), wanted.force) as (build, work):
         source = read_source(model, work, wanted.stage)
         feeds = read_feeds(source.model, data, check_data, wanted, work)
         metric = find_metric(wanted, feeds)
-        reports, variants, plans = [], {}, {}
-        for target, recipe in zip(targets, recipes, strict=True):
+        made: dict[str, Made] = {}
+        for target, recipe, plan in zip(targets, recipes, saved, strict=True):
             one = Variant(
-                target, recipe, precision, source, feeds, metric, wanted, build, work, progress
+                target,
+                plan.recipe(target.recipe(precision)) if plan is not None else recipe,
+                precision,
+                wanted.budgets(),
+                source,
+                feeds,
+                metric,
+                wanted,
+                build,
+                work,
+                progress,
+                plan,
             )
-            report, entry, plan = one.compile()
-            reports.append(report)
-            variants[target.name] = str(entry.relative_to(build))
-            plans[target.name] = plan
-        _write(build, source, feeds, wanted, reports, variants, plans, recipes)
+            made[target.name] = one.compile()
+        _write(build, source, feeds, wanted, made)
     artifact = Artifact(Path(out))
-    _hold_to_budget(reports, wanted.max_drop, artifact)
+    hold([one.report for one in made.values()], wanted.budgets(), artifact.folder)
     return artifact
 
 
-def _recipe(given: Recipe | str | Path | None, target: Target, precision: Precision) -> Recipe:
-    """Return the recipe asked for, or the target's own."""
+def _plan(wanted: Options, target: Target) -> SavedPlan | None:
+    """Return the plan to obey for one target, if one was given."""
+    if wanted.plan is None:
+        return None
+    if isinstance(wanted.plan, SavedPlan):
+        return wanted.plan
+    return SavedPlan.read(Path(wanted.plan), target.name)
+
+
+def _recipe(given: Recipe | str | Path | None, target: Target) -> Recipe | None:
+    """Return the recipe asked for; None leaves it to the target."""
     if given is None:
-        return target.recipe(precision)
+        return None
     if isinstance(given, Recipe):
         return given
     if isinstance(given, str) and not given.endswith(".toml"):
@@ -112,14 +130,7 @@ def _recipe(given: Recipe | str | Path | None, target: Target, precision: Precis
 
 
 def _write(
-    build: Path,
-    source: Source,
-    feeds: Data,
-    wanted: Options,
-    reports: list[TargetReport],
-    variants: Mapping[str, str],
-    plans: Mapping[str, Any],
-    recipes: list[Recipe],
+    build: Path, source: Source, feeds: Data, wanted: Options, made: Mapping[str, Made]
 ) -> None:
     """Write report, plan, recipes and the manifest over them."""
     versions = {name: version(name) for name in PACKAGES}
@@ -138,12 +149,13 @@ def _write(
         ),
         calibration=_feeds_row(feeds.calibration, feeds),
         check=_feeds_row(feeds.check, feeds),
-        targets=tuple(reports),
+        targets=tuple(one.report for one in made.values()),
     )
     write_json(build / REPORT, report.to_json())
+    plans = {name: one.plan.as_json() for name, one in made.items()}
     write_json(build / "plan.json", plans, sort=False)  # graph order is the plan's order
-    for name, recipe in zip(variants, recipes, strict=True):
-        (build / name / "recipe.toml").write_text(recipe.to_toml())
+    for name, one in made.items():
+        (build / name / "recipe.toml").write_text(one.recipe.to_toml())
     seal(
         build,
         {
@@ -152,7 +164,7 @@ def _write(
             "seed": wanted.seed,
             "source": {"name": source.name, "sha256": source.sha256},
             "calibration": feeds.calibration.sha256() if feeds.calibration else None,
-            "variants": dict(variants),
+            "variants": {n: str(one.entry.relative_to(build)) for n, one in made.items()},
         },
     )
 
@@ -172,19 +184,3 @@ def own_version() -> str:
         return version("fourfold")
     except PackageNotFoundError:
         return "checkout"
-
-
-def _hold_to_budget(
-    reports: list[TargetReport], max_drop: float | None, artifact: Artifact
-) -> None:
-    """Raise when a variant loses more than it may."""
-    for report in reports:
-        drop = report.accuracy.drop if report.accuracy is not None else None
-        if max_drop is None or drop is None or drop <= max_drop:
-            continue
-        assert report.accuracy is not None
-        raise BudgetError(
-            f"{report.target}: {report.accuracy.metric} drops by {drop:.3f}, "
-            f"{drop - max_drop:.3f} more than the budget of {max_drop:g}; "
-            f"the artifact is in {artifact.folder}"
-        )

@@ -4,7 +4,7 @@
     ├── ModelError             2   the model cannot be read or is not sound
     ├── RecipeError            2   an unknown pass, target or option
     ├── DataError              2   feeds, labels, metric or output folder
-    ├── BudgetError            3   compiled, but a budget is not met
+    ├── BudgetError            3   a budget is not met, or cannot be
     ├── UnsupportedError       4   the target cannot run this model
     └── BrokenPassError        1   a pass left an unsound model: our fault
 
@@ -43,9 +43,18 @@ class DataError(FourfoldError):
 
 
 class BudgetError(FourfoldError):
-    """The variant was built and measured, and misses a budget."""
+    """A budget cannot be kept by any legal choice, or the variant was measured and misses it.
+
+    Args:
+        message: Says by how much, and what came nearest.
+        built: Whether an artifact was written all the same, so that it can be looked at.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, *, built: bool = False) -> None:
+        super().__init__(message)
+        self.built = built
 
 
 class UnsupportedError(FourfoldError):

@@ -105,6 +105,26 @@ def weight_of(node: ir.Node) -> Weight | None:
     return Weight(node, value, _channel_axis(node, rank), bias if is_constant(bias) else None)
 
 
+def operand_of(weight: Weight) -> ir.Value:
+    """Return what a weight meets in its node: the activation, or the indices of an embedding."""
+    index, _ = WEIGHTED[weight.node.op_type]
+    value = weight.node.inputs[1 - index]
+    assert value is not None
+    return value
+
+
+def readers_of(value: ir.Value) -> list[Weight]:
+    """Return an initializer as each of the nodes that reads it as its weight sees it."""
+    found = [weight_of(node) for node in dict.fromkeys(use.node for use in value.uses())]
+    return [reader for reader in found if reader is not None and reader.value is value]
+
+
+def weights_of(model: ir.Model) -> list[ir.Value]:
+    """Return every weight of the main graph once, in the order in which it is first read."""
+    found = (weight_of(node) for node in model.graph)
+    return list(dict.fromkeys(weight.value for weight in found if weight is not None))
+
+
 def _channel_axis(node: ir.Node, rank: int) -> int:
     """Return the axis of the weight that becomes the output's channel axis."""
     match node.op_type:

@@ -13,12 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
 from . import compare
 from .artifact import sha256
+from .budgets import Budgets
 from .errors import DataError, ModelError, RecipeError, did_you_mean
 from .external import data_files, external_tensors
 from .feeds import Feeds, input_specs, made_up
 from .model import load, refuse_non_finite, refuse_unsound, save
 from .named import is_name
+from .precision import Precision
 from .recipe import Recipe
+from .saved_plan import SavedPlan
+from .signals import Signal
 
 CALIBRATION_BATCH = 8
 HOLD_OUT = 5  # every 5th sample checks when no check feeds are given
@@ -29,13 +33,22 @@ class Options(BaseModel):
 
     Attributes:
         targets: Targets as text, e.g. `cpu` or `cpu{isa="avx2"}`.
-        precision: `w8a8`, `w4a8`, `w2a8`, or `w8` and so on for weights only.
+        precision: `w8a8`, `w4a8`, `w2a8`, `w8` and so on for weights only, or `auto`: every weight
+            gets the width that it deserves. None is `auto` under a budget, else `w8a8`.
         ranges: Where activation ranges come from; see `Precision`.
         recipe: A recipe instead of the target's own: a Recipe, its text, or the path of a .toml
             file. It alone decides the widths then.
         metric: `top1`, `module:function` or a function; scores outputs. Default: top1 if there are
             labels.
         max_drop: Budget on the metric's drop, in the metric's unit.
+        max_size: Budget on the bytes of all files.
+        max_latency: Budget on the seconds of one call with a batch of one.
+        average_bits: Budget on stored code bits per quantizable weight.
+        widths: Stored bits that `auto` may give a weight.
+        signals: What tells `auto` how important a weight is; the first that predicts losses leads.
+        method: How `auto` chooses: `milp`, or the papers' `greedy` order.
+        plan: A plan.json to obey instead of deciding; formats in it may have been edited.
+        jobs: Processes that measured importance may use; 0 takes a process a core.
         seed: Seed of everything that draws.
         memory: Bound in bytes on the activations held at once during calibration.
         threads: Threads of the runtime while latency is measured.
@@ -47,17 +60,47 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     targets: tuple[str, ...] = ("cpu",)
-    precision: str = "w8a8"
+    precision: str | None = None
     ranges: Literal["auto", "static", "dynamic"] = "auto"
     recipe: str | Path | InstanceOf[Recipe] | None = None
     metric: str | Callable[..., float] | None = None
     max_drop: float | None = Field(None, allow_inf_nan=False)
+    max_size: int | None = Field(None, ge=1)
+    max_latency: float | None = Field(None, gt=0, allow_inf_nan=False)
+    average_bits: float | None = Field(None, gt=0, allow_inf_nan=False)
+    widths: tuple[Literal[2, 4, 8], ...] = Field((8, 4, 2), min_length=1)
+    signals: tuple[Signal, ...] = Field(("measured",), min_length=1)
+    method: Literal["milp", "greedy"] = "milp"
+    plan: str | Path | InstanceOf[SavedPlan] | None = None
     seed: int = Field(0, ge=0)
     memory: int = Field(1 << 30, ge=1)
     threads: int = Field(1, ge=1)
+    jobs: int = Field(1, ge=0)
     stage: bool = False
     force: bool = False
     check: bool = True
+
+    def budgets(self) -> Budgets:
+        """Return the budgets."""
+        return Budgets(self.max_drop, self.max_size, self.max_latency, self.average_bits)
+
+    def widths_asked(self) -> Precision:
+        """Return the precision; a budget without one leaves the widths open.
+
+        Raises:
+            RecipeError: It is no precision, or two of the options contradict each other.
+        """
+        if self.plan is not None and (self.recipe is not None or self.precision is not None):
+            raise RecipeError("a plan says all widths: leave out --recipe and --precision")
+        if self.plan is not None:
+            return Precision(ranges=self.ranges, planned=True)
+        given = self.recipe is not None
+        text = self.precision or ("auto" if self.budgets().any and not given else "w8a8")
+        asked = Precision.parse(text, self.ranges)
+        if not asked.widths:
+            return asked
+        chosen = {"widths": self.widths, "signals": self.signals, "method": self.method}
+        return asked.model_copy(update=chosen)
 
 
 @dataclass(frozen=True)
@@ -173,8 +216,11 @@ def find_metric(wanted: Options, feeds: Data) -> compare.Metric | None:
         DataError: The metric cannot be found, or a budget on it is set and there is none, or
             nothing is checked at all.
     """
-    if not wanted.check and (wanted.metric is not None or wanted.max_drop is not None):
-        raise DataError("a metric or --max-drop needs the check: leave out --no-check")
+    measured = (wanted.metric, wanted.max_drop, wanted.max_latency)
+    if not wanted.check and any(one is not None for one in measured):
+        raise DataError(
+            "a metric, --max-drop and --max-latency need the check: leave out --no-check"
+        )
     labels = feeds.check is not None and feeds.check.labels is not None
     asked = wanted.metric or ("top1" if labels else None)
     if asked is None and wanted.max_drop is not None:

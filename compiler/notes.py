@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal
 
 import onnx_ir as ir
+from pydantic import Field, TypeAdapter, ValidationError
 
 from .errors import ModelError, RecipeError, did_you_mean
 from .formats import Format
@@ -33,44 +35,89 @@ class Note:
     Attributes:
         format: The integer format it is stored or computed in.
         mode: `static` (scale fixed at compile time), `dynamic` (range taken at run time) or
-        `float`.
+            `float`.
+        activation: Of a weight: container of the other operand in its kernel, or `float`.
         low: Least value that the range keeps, in the value's own unit.
         high: Greatest value that the range keeps.
         sqnr_db: Expected SQNR of static quantization with that range, in dB.
         shares: Name of the value whose range this one takes, so that both have one scale.
-        importance: What quantizing this value costs, in the unit of the signal that measured it.
+        block: Of a weight: index of the repeated block that it is part of.
+        importance: Signal -> how important it found the weight; greater is more important.
+        losses: Choice -> predicted loss of the model's outputs, by the leading signal.
+        loss: Predicted loss of the choice that was made.
+        bytes: Stored bytes of the choice that was made.
+        seconds: Predicted seconds of one call in the choice that was made.
+        cost_source: Where the seconds come from: measured, nearest or shipped.
         why: The reason for the decision, one clause.
     """
 
     format: Format | None = None
     mode: Mode | None = None
+    activation: str | None = None
     low: float | None = None
     high: float | None = None
     sqnr_db: float | None = None
     shares: str | None = None
-    importance: float | None = None
+    block: int | None = None
+    importance: Mapping[str, float] | None = None
+    losses: Mapping[str, float] | None = None
+    loss: float | None = None
+    bytes: int | None = None
+    seconds: float | None = None
+    cost_source: str | None = None
     why: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the known fields with the format as text; `from_json` reads it back."""
-        known = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        known = {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) is not None
+        }
         if self.format is not None:
             known["format"] = str(self.format)
         return known
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Note:
-        """Read what `as_json` wrote.
+    def from_json(cls, fields: Mapping[str, Any]) -> Note:
+        """Read what `as_json` wrote, perhaps edited by hand.
 
         Raises:
-            RecipeError: A field is unknown, or the format is not one.
+            RecipeError: A field is unknown or of the wrong type, or the format is not one.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
+        known = _checkers()
+        for name, value in fields.items():
             if name not in known:
                 raise RecipeError(f"a plan has no field {name!r}{did_you_mean(name, known)}")
+            try:
+                known[name].validate_python(value, strict=True)
+            except ValidationError as error:
+                problem = error.errors()[0]["msg"].lower()
+                raise RecipeError(f"plan field {name} = {value!r}: {problem}") from None
         text = fields.get("format")
         return cls(**{**fields, "format": Format.parse(text) if text else None})
+
+
+@cache
+def _checkers() -> dict[str, TypeAdapter[Any]]:
+    """Return what checks each field of a note as plain data."""
+    number = Annotated[float, Field(allow_inf_nan=False)]
+    kinds: dict[str, Any] = {
+        "format": str,
+        "mode": Mode,
+        "activation": str,
+        "shares": str,
+        "cost_source": str,
+        "why": str,
+        "block": int,
+        "bytes": int,
+        "importance": dict[str, number],
+        "losses": dict[str, number],
+    }
+    return {
+        field.name: TypeAdapter(kinds.get(field.name, number))
+        for field in dataclasses.fields(Note)
+    }
 
 
 EMPTY = Note()
@@ -145,18 +192,21 @@ def plan(model: ir.Model) -> dict[str, dict[str, Any]]:
     }
 
 
-def apply_plan(model: ir.Model, notes: dict[str, dict[str, Any]]) -> None:
+def apply_plan(model: ir.Model, notes: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the notes of a plan onto the model's values.
 
     Raises:
-        ModelError: The plan names a value that the model does not have.
+        RecipeError: The plan names a value that the model does not have, or a note is malformed.
     """
-    homes = {value.name: value for value in values(model)}
-    unknown = sorted(set(notes) - set(homes))
-    if unknown:
-        raise ModelError(f"the plan names values that the model does not have: {unknown[:5]}")
+    homes = {str(value.name): value for value in values(model)}
     for name, fields in notes.items():
-        homes[name].meta[KEY] = Note.from_json(fields)
+        if name not in homes:
+            raise RecipeError(f"plan: the model has no value {name!r}{did_you_mean(name, homes)}")
+        try:
+            homes[name].meta[KEY] = Note.from_json(fields)
+        except RecipeError as error:
+            error.add_note(f"in the plan of {name!r}")
+            raise
 
 
 def to_metadata(model: ir.Model) -> None:

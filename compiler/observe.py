@@ -7,7 +7,7 @@ fetches as many values as fit the bound, and the model runs once per slice over 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Observer:
         self._path = Path(tempfile.mkdtemp(prefix="observe-", dir=folder)) / "observed.onnx"
         save(model, self._path, external_above=0)
         self._proto = onnx.load(self._path, load_external_data=False)
-        self._types = {v.name: v.dtype for node in model.graph for v in node.outputs}
+        self._model = model
         self._inputs = {v.name for v in model.graph.inputs}
 
     def sizes(self, names: list[str], feeds: Feeds) -> dict[str, int]:
@@ -52,12 +52,15 @@ class Observer:
         scale = 1
         if feeds.rebatchable:
             scale = max(len(next(iter(batch.values()))) for batch in feeds)
-        sizes: dict[str, int] = {}
-        for start in range(0, len(names), PROBE):
-            part = names[start : start + PROBE]
-            for name, value in zip(part, self._session(part).run(part, first), strict=True):
-                sizes[name] = value.nbytes * scale
-        return sizes
+        return {name: value.nbytes * scale for name, value in self.once(names, first)}
+
+    def once(self, names: list[str], batch: Batch) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+        """Yield (name, value) for one batch, a few values at a time; graph inputs too."""
+        yield from ((name, batch[name]) for name in names if name in self._inputs)
+        inner = [name for name in names if name not in self._inputs]
+        for start in range(0, len(inner), PROBE):
+            part = inner[start : start + PROBE]
+            yield from zip(part, self._session(part).run(part, batch), strict=True)
 
     def slices(self, names: list[str], feeds: Feeds) -> list[list[str]]:
         """Cut the names into runs of neighbours whose values fit the memory bound together."""
@@ -90,17 +93,20 @@ class Observer:
             assert session is not None
             yield from zip(part, session.run(part, batch), strict=True)
 
+    def together(
+        self, names: list[str], feeds: Feeds, progress: Progress = silent
+    ) -> Iterator[tuple[Batch, Batch]]:
+        """Yield (batch, values by name) with all named values of a batch at once."""
+        inner = [name for name in names if name not in self._inputs]
+        session = self._session(inner) if inner else None
+        for batch in progress(feeds, "observe", len(feeds)):
+            got = session.run(inner, batch) if session is not None else []
+            values = dict(zip(inner, got, strict=True))
+            yield batch, {name: values.get(name, batch.get(name)) for name in names}
+
     def _session(self, names: list[str]) -> onnxruntime.InferenceSession:
         """Open the model with these values as its outputs; nodes they do not need are not run."""
-        proto = onnx.ModelProto()
-        proto.CopyFrom(self._proto)
-        del proto.graph.output[:]
-        for name in names:
-            element = self._types[name]
-            assert element is not None
-            proto.graph.output.append(
-                onnx.helper.make_tensor_value_info(name, element.value, None)
-            )
+        proto = with_outputs(self._proto, self._model, names)
         path = self._path.with_name("observed-slice.onnx")
         onnx.save(proto, path)
         options = session_options(threads=0)
@@ -109,3 +115,16 @@ class Observer:
         # bits whichever slice it is in.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         return open_session(path, options)
+
+
+def with_outputs(proto: onnx.ModelProto, model: ir.Model, names: Sequence[str]) -> onnx.ModelProto:
+    """Return a copy of the proto with these values as its outputs; `model` knows their types."""
+    types = {v.name: v.dtype for node in model.graph for v in node.outputs}
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    del changed.graph.output[:]
+    for name in names:
+        element = types[name]
+        assert element is not None
+        changed.graph.output.append(onnx.helper.make_tensor_value_info(name, element.value, None))
+    return changed

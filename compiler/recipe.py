@@ -28,6 +28,18 @@ class Recipe:
     def __str__(self) -> str:
         return ",".join(map(str, self.passes))
 
+    def parts(self) -> tuple[Recipe, Recipe, Recipe]:
+        """Return the passes before the last one that decides, that one, and those behind it.
+
+        The first part does not depend on what is decided, and the notes after the second are the
+        plan. A recipe without a decision is all first part.
+        """
+        last = max((n for n, one in enumerate(self.passes) if one.decides), default=None)
+        if last is None:
+            return self, Recipe(()), Recipe(())
+        before, behind = self.passes[:last], self.passes[last + 1 :]
+        return Recipe(before), Recipe((self.passes[last],)), Recipe(behind)
+
     def to_toml(self) -> str:
         """Return the recipe as TOML."""
         import tomli_w

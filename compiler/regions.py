@@ -8,6 +8,7 @@ is thereby a decision with a reason, not an accident.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -69,19 +70,25 @@ def weight_format(
 
 
 def find(
-    model: ir.Model, capability: Capability, bits: int, keep: frozenset[str] = frozenset()
+    model: ir.Model,
+    capability: Capability,
+    bits: int | Mapping[str, int],
+    keep: Mapping[str, str] | None = None,
 ) -> Regions:
-    """Return the integer regions for weights of `bits` bits; nodes named in `keep` stay float.
+    """Return the integer regions; only the main graph: the bodies of If and Loop stay float.
 
-    Only the main graph is looked at: the bodies of If and Loop stay float.
+    Args:
+        model: The model.
+        capability: The target's.
+        bits: Width of all weights, or of each weight by name (8 where it has none).
+        keep: Name of a node that stays float -> the reason.
     """
     regions = Regions()
+    keep = keep or {}
     for node in model.graph:
         if regions.runs(node):  # the activation function of a node that joined
             continue
-        reason = (
-            _refusal(node, capability, bits, regions) if node.name not in keep else "kept as asked"
-        )
+        reason = keep.get(str(node.name)) or _refusal(node, capability, bits, regions)
         if reason is None:
             _join(node, capability, regions)
         elif reason and node.outputs:
@@ -96,15 +103,19 @@ def find(
 
 
 def _refusal(  # noqa: PLR0911 - one return a reason reads best
-    node: ir.Node, capability: Capability, bits: int, regions: Regions
+    node: ir.Node, capability: Capability, bits: int | Mapping[str, int], regions: Regions
 ) -> str | None:
     """Return why the node stays float (empty: not worth a word), or None when it joins."""
     embedding = is_standard(node, "Gather") and weight_of(node) is not None
     if not node.outputs or not is_float(node.outputs[0]) or embedding:
         return ""
-    if weight_of(node) is not None and any(r.weights for r in capability.rows_of(node.op_type)):
-        if weight_format(node, bits, capability, capability.activation) is None:
-            return f"no legal form with {bits}-bit weights and {capability.activation} activations"
+    weight = weight_of(node)
+    if weight is not None and any(r.weights for r in capability.rows_of(node.op_type)):
+        width = bits if isinstance(bits, int) else bits.get(str(weight.value.name), 8)
+        if weight_format(node, width, capability, capability.activation) is None:
+            return (
+                f"no legal form with {width}-bit weights and {capability.activation} activations"
+            )
         return None
     inputs = activations_of(node)
     ready = [v for v in inputs if v.name in regions.codes]

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from .compare import Comparison, Latency
-from .contract import Remark
+from .contract import Decision, Remark
 from .runner import PassRow
 
 
@@ -51,6 +51,7 @@ class TargetReport(_Row):
         recipe: The passes, as text.
         file_bytes: Bytes of all files that the runtime needs.
         bits_per_weight: Stored bits of codes, scales and tables per quantized weight element.
+        decision: How the bits were chosen; None for a recipe that decides nothing.
         kernels: Kernel -> nodes, of the graph as the runtime executes it; empty when not checked.
         stayed_float: Weighted node that ran in float -> why.
         accuracy: None when the check was switched off.
@@ -65,6 +66,7 @@ class TargetReport(_Row):
     recipe: str
     file_bytes: int
     bits_per_weight: float | None
+    decision: Decision | None
     kernels: dict[str, int]
     stayed_float: dict[str, str]
     accuracy: Comparison | None

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +16,9 @@ from .artifact import Artifact
 from .contract import Option, Pass, Target
 from .lookup import load, names
 from .report import Report, TargetReport
+
+if TYPE_CHECKING:
+    from .sweep import Front
 
 
 def print_report(console: Console, artifact: Artifact) -> None:
@@ -77,6 +80,8 @@ def _lines(report: Report) -> list[list[str]]:
         ],
         ["stored bits per weight", "", *(_number(r.bits_per_weight, ".2f") for r in rows)],
     ]
+    if any(r.decision is not None and r.decision.method != "uniform" for r in rows):
+        lines += _decision_lines(rows)
     checked = [r.accuracy for r in rows if r.accuracy is not None]
     if len(checked) < len(rows):
         return lines
@@ -95,6 +100,61 @@ def _lines(report: Report) -> list[list[str]]:
             [f"batch {latency.batch}, {threads}", f"{latency.source * 1e3:.2f} ms", *shown]
         )
     return lines
+
+
+def _decision_lines(rows: tuple[TargetReport, ...]) -> list[list[str]]:
+    """Return how bits were chosen: the average, the loss that was predicted and measured."""
+    average: list[str] = []
+    loss: list[str] = []
+    time: list[str] = []
+    for row in rows:
+        decision = row.decision
+        if decision is None:
+            average, loss, time = [*average, "-"], [*loss, "-"], [*time, "-"]
+            continue
+        by = f", {decision.method} by {decision.signal}" if decision.signal else ""
+        average.append(f"{decision.average_bits:.2f}{by}")
+        loss.append(
+            f"{_number(decision.predicted_loss, '.3g')} predicted, "
+            f"{_number(decision.measured_loss, '.3g')} measured"
+        )
+        seconds = decision.predicted_seconds
+        shown = "-" if seconds is None else f"{seconds * 1e3:.2f} ms ({decision.cost_source})"
+        time.append(shown)
+    return [
+        ["average code bits", "", *average],
+        ["calibration loss", "", *loss],
+        ["weighted kernels", "", *time],
+    ]
+
+
+def print_front(console: Console, front: Front, out: Path) -> None:
+    """Print the points of a sweep; those on the front are bold."""
+    console.print(f"[bold]{escape(front.source)}[/bold] on {escape(front.target)}")
+    metric = next((p.metric for p in front.points if p.metric is not None), None)
+    scores = [metric, "drop"] if metric else []
+    heads = ("", "average bits", "size", "batch 1", "SQNR", *scores, "front")
+    table = Table(*heads, box=None, pad_edge=False)
+    for point in front.points:
+        scored = (_number(point.score, ".2f"), _number(point.drop, "+.2f")) if metric else ()
+        decibels = "inf" if point.sqnr_db == float("inf") else f"{point.sqnr_db:.1f} dB"
+        cells = (
+            point.name,
+            _number(point.average_bits, ".2f"),
+            _size(point.bytes),
+            f"{point.seconds * 1e3:.2f} ms, {point.ratio:.2f}x",
+            decibels,
+            *scored,
+            "*" if point.front else "",
+        )
+        table.add_row(*map(escape, cells), style="bold" if point.front else None)
+    console.print(table)
+    console.print(
+        f"{out}: front.json, front.svg, plans/; `fourfold compile MODEL --plan {out}/plans/...`",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _number(value: float | None, form: str) -> str:
@@ -173,12 +233,14 @@ def print_explanation(console: Console, facts: dict[str, Any]) -> None:
     target, capability = escape(facts["target"]), escape(facts["capability"])
     console.print(f"[bold]{target}[/bold] on {capability}")
     console.print(f"recipe  {facts['recipe']}", highlight=False, markup=False)
-    table = Table("value", "decision", "range", "why", box=None, pad_edge=False)
+    table = Table("value", "decision", "range", "importance", "why", box=None, pad_edge=False)
     for name, note in facts["plan"].items():
         decision = note.get("format", "float") if note.get("mode") != "float" else "float"
         decision += " dynamic" if note.get("mode") == "dynamic" else ""
         range_ = f"{note['low']:.4g} .. {note['high']:.4g}" if note.get("low") is not None else ""
-        table.add_row(*map(escape, (name, decision, range_, note.get("why", ""))))
+        importance = ", ".join(f"{k} {v:.3g}" for k, v in note.get("importance", {}).items())
+        cells = (name, decision, range_, importance, note.get("why", ""))
+        table.add_row(*map(escape, cells))
     console.print(table)
     console.print(
         "kernels " + ", ".join(f"{k} {v}" for k, v in facts["kernels"].items()), highlight=False

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
-from . import compare, notes, runner
-from .contract import Context, Placement, Progress, Remark, Runner, Target
+from . import compare, notes
+from .budgets import Budgets
+from .contract import Placement, Progress, Target
 from .errors import UnsupportedError
 from .intake import Data, Options, Source
-from .model import save
 from .precision import Precision
 from .recipe import Recipe
 from .report import TargetReport, verdict
-from .session import open_runner
+from .saved_plan import SavedPlan
+from .search import search
+from .workbench import Attempt, Workbench
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one target's compile left: its report, the file to open, the plan and the recipe."""
+
+    report: TargetReport
+    entry: Path
+    plan: SavedPlan
+    recipe: Recipe
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One target's way through: rewrite, emit, check, report."""
+    """One target's way through: rewrite, emit, check, report.
+
+    `recipe` is one that was given, or None to choose by `precision` and `budgets`.
+    """
 
     target: Target
-    recipe: Recipe
+    recipe: Recipe | None
     precision: Precision
+    budgets: Budgets
     source: Source
     feeds: Data
     metric: compare.Metric | None
@@ -34,53 +48,65 @@ class Variant:
     build: Path
     work: Path
     progress: Progress
+    plan: SavedPlan | None = None
 
-    def compile(self) -> tuple[TargetReport, Path, dict[str, Any]]:
-        """Return the report, the file to open and the plan."""
+    def bench(self) -> Workbench:
+        """Return the workbench of this target; refuse a model that it cannot run.
+
+        Raises:
+            UnsupportedError: The target's package is missing, or it cannot run the model.
+        """
         self._refuse_unsupported()
-        remarks: list[Remark] = []
         work = self.work / self.target.name
         work.mkdir()
-        context = Context(
-            self.target.capability,
-            work,
-            self.feeds.calibration,
-            self.wanted.seed,
-            self.wanted.memory,
-            self.progress,
-            remarks,
+        values = self.plan.values if self.plan is not None else None
+        return Workbench(
+            self.target, self.source, self.feeds, self.wanted, work, self.progress, values
         )
-        start = time.perf_counter()
-        rewritten, rows = runner.run(self.recipe, self.source.model, context)
-        plan = notes.plan(rewritten)
+
+    def compile(self) -> Made:
+        """Return the variant, moved to its place in the build folder."""
+        bench = self.bench()
+        attempt = self._attempt(bench)
         folder = self.build / self.target.name
-        folder.mkdir()
-        emitted = self.target.emit(rewritten, folder)
-        seconds = time.perf_counter() - start
+        attempt.emitted.entry.parent.rename(folder)
+        entry = folder / attempt.emitted.entry.name
         placement = Placement({}, {})
         accuracy: compare.Comparison | None = None
         latency: tuple[compare.Latency, ...] = ()
         if self.feeds.check is not None:  # loading takes the memory of a run
-            placement = self.target.placement(rewritten, emitted.entry)
-            accuracy, latency = self._measure(emitted.entry)
-        size = sum(file.stat().st_size for file in emitted.files)
+            placement = self.target.placement(attempt.model, entry)
+            accuracy, latency = self._measure(entry, bench)
         report = TargetReport(
             target=str(self.target),
             capability=self.target.capability.name,
-            precision=str(self.precision) if self.wanted.recipe is None else "by recipe",
-            recipe=str(self.recipe),
-            file_bytes=size,
-            bits_per_weight=bits_per_weight(rewritten),
+            precision=self._asked(),
+            recipe=str(attempt.recipe),
+            file_bytes=attempt.bytes,
+            bits_per_weight=bits_per_weight(attempt.model),
+            decision=attempt.decision,
             kernels=placement.kernels,
             stayed_float=placement.stayed_float,
             accuracy=accuracy,
             latency=latency,
-            verdict=tuple(verdict(accuracy, latency, self.source.bytes, size)),
-            passes=tuple(rows),
-            remarks=tuple(remarks),
-            seconds=seconds,
+            verdict=tuple(verdict(accuracy, latency, self.source.bytes, attempt.bytes)),
+            passes=attempt.rows,
+            remarks=attempt.remarks,
+            seconds=attempt.seconds,
         )
-        return report, emitted.entry, plan
+        return Made(report, entry, SavedPlan.of(attempt.recipe, attempt.plan), attempt.recipe)
+
+    def _asked(self) -> str:
+        """Return the widths that were asked for."""
+        return "by recipe" if self.wanted.recipe is not None else str(self.precision)
+
+    def _attempt(self, bench: Workbench) -> Attempt:
+        """Make the variant, or search for it where bits are open."""
+        if self.recipe is not None:
+            return bench.attempt(self.recipe)
+        if self.precision.widths:
+            return search(bench, self.precision, self.budgets, self.metric)
+        return bench.attempt(self.target.recipe(self.precision))
 
     def _refuse_unsupported(self) -> None:
         """Stop before any work when the target cannot run the model."""
@@ -95,11 +121,13 @@ class Variant:
                 f"target {self.target.name} cannot run {self.source.name}: {'; '.join(lines[:5])}"
             )
 
-    def _measure(self, entry: Path) -> tuple[compare.Comparison, tuple[compare.Latency, ...]]:
+    def _measure(
+        self, entry: Path, bench: Workbench
+    ) -> tuple[compare.Comparison, tuple[compare.Latency, ...]]:
         """Compare source and variant on the check feeds, and time both in turns."""
         feeds, threads = self.feeds.check, self.wanted.threads
         assert feeds is not None
-        source, variant = self._reference(threads), self.target.open(entry, threads)
+        source, variant = bench.reference, self.target.open(entry, threads)
         accuracy = compare.compare(source, variant, feeds, self.metric, self.progress)
         sizes = (1, 8) if feeds.rebatchable else (0,)
         rows = []
@@ -107,21 +135,6 @@ class Variant:
             batch = next(iter(feeds.rebatched(size) if size else feeds))
             rows.append(compare.latency(source, variant, batch, threads))
         return accuracy, tuple(rows)
-
-    def _reference(self, threads: int) -> Runner:
-        """Open the source; what onnxruntime refuses as it came is rewritten by `reference`."""
-        passes = self.target.reference()
-        try:
-            return open_runner(self.source.path, threads)
-        except UnsupportedError:
-            if not passes:
-                raise
-        path = self.work / f"{self.target.name}-reference.onnx"
-        rewritten, _ = runner.run(
-            Recipe(passes), self.source.model, Context(self.target.capability, self.work)
-        )
-        save(rewritten, path)
-        return open_runner(path, threads)
 
 
 def bits_per_weight(model: ir.Model) -> float | None:

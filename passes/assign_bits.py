@@ -1,41 +1,86 @@
-"""Decides the format of every weight and activation, by one width for all.
+"""Decides the form of every weight and activation.
 
-before:  ranges on values
-becomes: Note(format, mode, why) on every weight, every quantized activation, and the output of
-         every node that stays float with the reason
+before:  ranges on values, predicted losses on weights
+becomes: Note(format, activation, mode, loss, bytes, seconds, why) on every weight, Note(format,
+         mode, why) on every quantized activation, and on the output of every node that stays
+         float the reason
 
-Which forms are legal is the target's to say; this pass never edits the graph.
+Uniform: one width for all. With several `widths`, each weight gets one of its legal forms: by an
+integer program over predicted losses and the target's costs, or in the papers' greedy order. The
+plan is then measured as a whole and repaired where the losses did not add up. Which forms are
+legal is the target's to say; this pass never edits the graph.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 from pydantic import Field
 
-from ..compiler import notes, regions
-from ..compiler.contract import Context, Pass
+from ..compiler import notes, picks, regions, selection
+from ..compiler.activations import Activations
+from ..compiler.allocate import Chosen, Goal, Item, Limits, greedy, solve, totals
+from ..compiler.blocks import attention_groups
+from ..compiler.choices import Activations as Kernels
+from ..compiler.choices import Choice, Open, open_weights
+from ..compiler.contract import Context, Decision, Pass, silent
 from ..compiler.errors import RecipeError
-from ..compiler.formats import Format, PerAxis, PerTensor
-from ..compiler.graph import Weight, activations_of, weight_of
+from ..compiler.graph import is_standard, readers_of, values, weights_of
+from ..compiler.losses import kind_of
+from ..compiler.picks import Pick, Picks
+from ..compiler.rounding import Clip
+from ..compiler.shapes import operand_shapes
+from ..compiler.signals import Signal
+from ..compiler.trial import Reference
+from .insert_qdq import InsertQdq
+from .lower_embeddings import LowerEmbeddings
+from .round_weights import RoundWeights
+from .unpack_weights import UnpackWeights
 
 
 class AssignBits(Pass):
-    """Give every weight one width and every activation eight bits or none.
+    """Give every weight one of its legal forms, and every activation eight bits or none.
 
     Attributes:
-        weights: Bits of a weight.
+        weights: Bits of a weight, where all have one width.
+        widths: Stored bits that a weight may get (32: float); empty gives all `weights` bits.
+        method: `milp` (exact), `greedy` (least important first), or `plan` (obey the notes).
+        goal: What `milp` makes small: the loss, the stored bytes or the seconds.
+        average_bits: Budget on stored code bits per weight element.
+        max_bytes: Budget on stored bytes of all weights and scales.
+        max_seconds: Budget on the seconds of all weighted nodes in one call; then no form that
+            is slower than float in its layer's own shape is taken.
+        max_loss: Budget on the loss of the outputs on calibration feeds.
+        signal: Whose order `greedy` follows; None takes the first one that ranked.
+        trials: Whole plans that may be measured; 0 trusts the prediction.
+        samples: Calibration samples of such a measurement.
+        clip: How weights are rounded for it; give `round-weights` the same.
         activations: `auto` (static where the range is accurate, else dynamic), `static`,
-        `dynamic`,
-            or `float` for weight-only.
+            `dynamic`, `float` for weight-only, or `any` to mix kernels.
         floor_db: Expected SQNR in dB under which `auto` does not trust a static range.
         keep: Regular expressions; nodes whose whole name matches one stay float.
         embeddings: Whether embedding tables are quantized too.
     """
 
+    decides: ClassVar[bool] = True
+
     weights: int = Field(8, ge=2, le=8)
-    activations: str = Field("auto", pattern="^(auto|static|dynamic|float)$")
+    widths: tuple[int, ...] = ()
+    method: Literal["milp", "greedy", "plan"] = "milp"
+    goal: Goal = "loss"
+    average_bits: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_bytes: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_loss: float | None = Field(None, gt=0, allow_inf_nan=False)
+    signal: Signal | None = None
+    trials: int = Field(12, ge=0)
+    samples: int = Field(128, ge=0)
+    clip: Clip = "auto"
+    activations: Kernels = "auto"
     floor_db: float = 15.0
     keep: tuple[str, ...] = ()
     embeddings: bool = True
@@ -43,13 +88,18 @@ class AssignBits(Pass):
     def run(self, model: ir.Model, context: Context) -> int:
         """Write the plan; return how many values have a decision."""
         before = notes.plan(model)
-        keep = self._kept(model)
-        if self.activations == "float":
-            self._weight_only(model, context, keep)
+        kept = self._kept(model)
+        wanted: dict[str, str] = {}
+        if self.method == "plan":
+            wanted = _forget_activations(model)
+            taken, decision = picks.obeyed(model, context.capability), Decision("plan", 0.0)
+        elif self.widths:
+            taken, decision = self._chosen(model, context, kept)
         else:
-            self._integer(model, context, keep)
-        if self.embeddings:
-            self._tables(model, context, keep)
+            taken = picks.uniform(model, context.capability, self.weights, self.activations, kept)
+            decision = Decision("uniform", 0.0)
+        self._write(model, context, taken, kept, wanted)
+        context.decisions.append(picks.told(model, taken, decision))
         after = notes.plan(model)
         return sum(1 for name, note in after.items() if note != before.get(name))
 
@@ -73,150 +123,162 @@ class AssignBits(Pass):
                     f"assign-bits: keep={expression!r} matches no node name, e.g. {names[:3]}"
                 )
             kept |= set(hits)
+        if not self.embeddings:
+            kept |= {str(node.name) for node in model.graph if is_standard(node, "Gather")}
         return frozenset(kept)
 
-    def _weight_only(self, model: ir.Model, context: Context, keep: frozenset[str]) -> None:
-        """Plan weights in codes that are widened before the kernel."""
-        for node in model.graph:
-            weight = weight_of(node)
-            if weight is None or node.op_type == "Gather":
-                continue
-            format = regions.weight_format(node, self.weights, context.capability, "float")
-            if format is None or node.name in keep:
-                reason = "kept as asked" if format else "no legal weight-only form"
-                notes.write(weight.value, mode="float", why=reason)
-            else:
-                self._plan_weight(weight, format, "weights only: activations stay float", context)
+    def _chosen(
+        self, model: ir.Model, context: Context, kept: frozenset[str]
+    ) -> tuple[Picks, Decision]:
+        """Choose a form for every weight that is open."""
+        weights = [
+            one
+            for one in open_weights(model, context.capability, self.widths, self.activations)
+            if not all(str(reader.node.name) in kept for reader in one.readers)
+        ]
+        timed = self.max_seconds is not None or self.goal == "seconds"
+        shapes = operand_shapes(model, weights, context) if context.cost is not None else {}
+        forms = selection.forms_of(weights, context, shapes)
+        ties = _ties(model) if context.capability.ties_attention else {}
+        items = selection.items_of(weights, forms, ties, timed, context.capability.name)
+        if timed:
+            items, dropped = selection.without_slow(items)
+            for name, choice in dropped:
+                context.remark(self, name, f"{choice} is slower than float in this shape")
+        limits = Limits(self.average_bits, self.max_bytes, self.max_seconds, self.max_loss)
+        found = self._solved(model, context, weights, items, limits, kept)
+        taken: Picks = {}
+        for item, index in zip(items, found.chosen, strict=True):
+            option = item.options[index]
+            cost = forms[item.name][option.choice]
+            why = self._reason(item, index)
+            taken[item.name] = Pick(Choice.parse(option.choice), why, option.loss, cost)
+        return taken, self._decision(model, context, weights, found, timed)
 
-    def _integer(self, model: ir.Model, context: Context, keep: frozenset[str]) -> None:
-        """Plan the integer regions."""
-        found = regions.find(model, context.capability, self.weights, keep)
-        code = Format(context.capability.activation)
-        for node in found.integer.values():
-            weight = weight_of(node)
-            if weight is None:
-                continue
-            format = regions.weight_format(node, self.weights, context.capability, code.dtype)
-            assert format is not None  # regions.find asked the same question
-            self._plan_weight(weight, format, f"finest legal form of {node.op_type}", context)
-        _part_clips(found, context)
-        _join_ranges(found)
-        for name, value in found.quantized.items():
-            self._plan_activation(value, code, found, context, name)
-        for node in model.graph:
-            for output in node.outputs:
-                if output.name in found.why_float:
-                    self._plan_float(node, output, found, context)
+    def _solved(
+        self,
+        model: ir.Model,
+        context: Context,
+        weights: Sequence[Open],
+        items: Sequence[Item],
+        limits: Limits,
+        kept: frozenset[str],
+    ) -> selection.Found:
+        """Choose by the program or the order; measure the whole where there are feeds."""
+        if self.method == "greedy":
+            order = selection.order_of(weights, self.signal)
+            chosen = greedy(items, order, sorted(self.widths, reverse=True), limits)
+        else:
+            chosen = solve(items, self.goal, limits)
+        if not self.trials or context.feeds is None or not items:
+            return selection.Found(chosen, totals(items, chosen))
+        kind = kind_of(model)
+        reference = Reference(
+            model, context.feeds, self.samples, kind, context.folder, context.jobs
+        )
 
-    def _plan_weight(self, weight: Weight, format: Format, why: str, context: Context) -> None:
-        """Write a weight's format; two readers that want different axes get one scale for all."""
-        planned = notes.read(weight.value).format
-        if planned is not None and planned.granularity != format.granularity:
-            format = Format(format.dtype, PerTensor(), format.bits)
-            why = "read along two different axes, so one scale serves the whole tensor"
-            context.remark(self, weight.value.name, why)
-        notes.write(weight.value, format=format, mode="static", why=why)
+        def measure(chosen: Chosen) -> float:
+            pairs = zip(items, chosen, strict=True)
+            taken = {i.name: Pick(Choice.parse(i.options[n].choice), "") for i, n in pairs}
+            return reference.loss(self._rounded(model, context, taken, kept))
 
-    def _plan_activation(
-        self, value: ir.Value, code: Format, found: regions.Regions, context: Context, name: str
+        if self.method == "greedy":
+            loss = measure(chosen)
+            return selection.Found(chosen, totals(items, chosen), loss, loss, (), 1)
+        return selection.repaired(items, self.goal, limits, chosen, measure, self.trials)
+
+    def _rounded(
+        self, model: ir.Model, context: Context, taken: Picks, kept: frozenset[str]
+    ) -> ir.Model:
+        """Return a clone in which a plan has been carried out, in the form onnxruntime runs."""
+        clone = model.clone()
+        quiet = replace(context, remarks=[], decisions=[], progress=silent)
+        self._write(clone, quiet, taken, kept, {})
+        for one in (RoundWeights(clip=self.clip), InsertQdq(), LowerEmbeddings(), UnpackWeights()):
+            one.run(clone, quiet)
+        return clone
+
+    def _reason(self, item: Item, index: int) -> str:
+        """Say what a narrower form would have cost."""
+        taken = item.options[index]
+        narrower = [o for o in item.options if o.bits < taken.bits and o.loss > taken.loss]
+        if self.method == "greedy":
+            return "in the greedy order"
+        if not narrower:
+            return f"predicted loss {taken.loss:.3g}; the narrowest form"
+        nearest = min(narrower, key=lambda option: option.loss)
+        return (
+            f"predicted loss {taken.loss:.3g}; {nearest.bits} bits would cost {nearest.loss:.3g}"
+        )
+
+    def _decision(
+        self,
+        model: ir.Model,
+        context: Context,
+        weights: Sequence[Open],
+        found: selection.Found,
+        timed: bool,
+    ) -> Decision:
+        """Return the record of how the plan was chosen."""
+        leading = [*(notes.read(weights[0].value).importance or {})] if weights else []
+        return Decision(
+            method=self.method,
+            average_bits=0.0,
+            signal=self.signal or (leading[0] if leading else None),
+            loss_kind=kind_of(model),
+            predicted_loss=found.predicted["loss"],
+            measured_loss=found.measured,
+            first_loss=found.first,
+            repairs=found.repairs,
+            trials=found.trials,
+            predicted_seconds=found.predicted["seconds"] if timed else None,
+        )
+
+    def _write(
+        self,
+        model: ir.Model,
+        context: Context,
+        taken: Picks,
+        kept: frozenset[str],
+        wanted: Mapping[str, str],
     ) -> None:
-        """Choose static or dynamic for one activation."""
-        root = found.root(name)
-        dynamic_legal = root == name and _readers_take_dynamic(value, found, context)
-        note = notes.read(value)
-        shares = root if root != name else None
-        if self.activations == "dynamic" or (self.activations == "auto" and dynamic_legal):
-            sqnr = note.sqnr_db
-            unsure = sqnr is None or sqnr < self.floor_db
-            if dynamic_legal and (self.activations == "dynamic" or unsure):
-                why = (
-                    "asked for"
-                    if self.activations == "dynamic"
-                    else f"static range gives {sqnr} dB"
-                )
-                notes.write(value, format=code, mode="dynamic", why=f"range at run time: {why}")
-                return
-        if note.low is None:
-            notes.write(value, mode="float", why="no range: not calibrated, and no dynamic form")
-            context.remark(
-                self, name, "stays float: it has no calibrated range and no dynamic form"
-            )
+        """Write weights first, then the integer regions that follow from them."""
+        reasons = dict.fromkeys(kept, "kept as asked")
+        bits: dict[str, int] = {}
+        for value in weights_of(model):
+            pick = taken.get(str(value.name))
+            if pick is None:
+                continue
+            picks.write(value, pick)
+            if pick.choice.format is not None:
+                bits[str(value.name)] = pick.choice.format.bits
+            if pick.choice.activation == "float":
+                plain = "chosen" if pick.choice.format is None else f"it reads {pick.choice}"
+                for reader in readers_of(value):
+                    reasons.setdefault(str(reader.node.name), plain)
+        for name, pick in taken.items():
+            if "two different axes" in pick.why:
+                context.remark(self, name, pick.why)
+        if self.activations == "float":
             return
-        why = (
-            f"takes the scale of {shares}" if shares else f"calibrated, {note.sqnr_db} dB expected"
-        )
-        notes.write(value, format=code, mode="static", shares=shares, why=why)
-
-    def _plan_float(
-        self, node: ir.Node, output: ir.Value, found: regions.Regions, context: Context
-    ) -> None:
-        """Write why a node stays float on its output and its weight, and tell of the weight."""
-        reason = found.why_float[str(output.name)]
-        weight = weight_of(node)
-        homes = (
-            [weight.value] if weight is not None and notes.read(weight.value).mode is None else []
-        )
-        if output.name not in found.quantized:  # else an integer reader has planned it
-            homes.append(output)
-        for value in homes:
-            notes.write(value, mode="float", why=f"{node.op_type}: {reason}")
-        if weight is not None:
-            context.remark(self, node.name, f"{node.op_type} stays float: {reason}")
-
-    def _tables(self, model: ir.Model, context: Context, keep: frozenset[str]) -> None:
-        """Plan embedding tables: one scale a row, gathered with it."""
-        for node in model.graph:
-            weight = weight_of(node) if node.op_type == "Gather" else None
-            if weight is None or node.name in keep:
-                continue
-            dtype, used = regions.container(self.weights)
-            format = Format(dtype, PerAxis(0), used)
-            if context.capability.legal("Gather", format, "float"):
-                self._plan_weight(weight, format, "embedding: one scale a row", context)
+        found = regions.find(model, context.capability, bits, reasons)
+        mode = "auto" if self.activations == "any" else self.activations
+        Activations(mode, self.floor_db, wanted).write(self, model, found, context)
 
 
-def _part_clips(found: regions.Regions, context: Context) -> None:
-    """Let no Relu or Clip share a scale whose range goes below zero.
-
-    The runtime folds them into a quantizer only where the zero point is the least code. What they
-    part from is a Concat, whose kernel can rescale its operands.
-    """
-
-    def low(name: str) -> float:
-        return notes.read(found.quantized[name]).low or 0.0
-
-    def clips(name: str) -> bool:
-        producer = found.quantized[name].producer()
-        return producer is not None and producer.op_type in context.capability.fuses
-
-    below = {found.root(name) for name in found.quantized if low(name) < 0}
-    for name, shared in list(found.shares.items()):
-        if found.root(name) in below and (clips(name) or (clips(shared) and low(name) < 0)):
-            del found.shares[name]
+def _forget_activations(model: ir.Model) -> dict[str, str]:
+    """Return the mode that a plan gives each activation, and take it off, to be decided anew."""
+    weights = {id(value) for value in weights_of(model)}
+    wanted = {}
+    for value in values(model):
+        note = notes.read(value)
+        if id(value) not in weights and note.mode is not None:
+            wanted[str(value.name)] = str(note.mode)
+            notes.write(value, format=None, mode=None, shares=None, why=None)
+    return wanted
 
 
-def _join_ranges(found: regions.Regions) -> None:
-    """Give the root of every group that shares a scale the union of the group's ranges."""
-    for name in found.shares:
-        root, member = found.quantized.get(found.root(name)), found.quantized.get(name)
-        if root is None or member is None:
-            continue
-        ours, theirs = notes.read(root), notes.read(member)
-        if ours.low is None or theirs.low is None:
-            continue
-        low, high = min(ours.low, theirs.low), max(ours.high or 0.0, theirs.high or 0.0)
-        notes.write(root, low=low, high=high)
-
-
-def _readers_take_dynamic(value: ir.Value, found: regions.Regions, context: Context) -> bool:
-    """Whether every integer reader of a value can take its range at run time."""
-    if value.name in found.codes:
-        return False
-    readers = [use.node for use in value.uses() if found.runs(use.node)]
-    rows = [
-        row for node in readers for row in context.capability.rows_of(node.op_type) if row.weights
-    ]
-    weighted = all(
-        weight_of(node) is not None and len(activations_of(node)) == 1 for node in readers
-    )
-    return bool(rows) and weighted and all(row.dynamic for row in rows)
+def _ties(model: ir.Model) -> dict[str, str]:
+    """Return weight -> name of the attention that must have one form."""
+    groups = attention_groups(model)
+    return {name: f"attention {n}" for n, group in enumerate(groups) for name in group}

@@ -82,6 +82,8 @@ def _reads_codes(node: ir.Node, context: Context) -> bool:
     capability = context.capability
     if not capability.knows(node.op_type) or not is_standard(node, node.op_type):
         return False
+    if any(_is_widened(value) for value in node.inputs[:2]):
+        return False
     weighted = any(_is_stored(value) for value in node.inputs[:2])
     carried = node.op_type in capability.carries
     if (
@@ -106,6 +108,13 @@ def _is_stored(value: ir.Value | None) -> bool:
         and is_standard(producer, "DequantizeLinear")
         and is_constant(producer.inputs[0])
     )
+
+
+def _is_widened(value: ir.Value | None) -> bool:
+    """Whether the value is a weight whose kernel was chosen to read float activations."""
+    producer = value.producer() if value is not None else None
+    codes = producer.inputs[0] if producer is not None and producer.inputs else None
+    return codes is not None and is_constant(codes) and notes.read(codes).activation == "float"
 
 
 def _planned(value: ir.Value) -> bool:

@@ -356,7 +356,7 @@ def test_amounts_of_memory(text, amount):
 
 @pytest.mark.parametrize("text", ["", "GB", "1e400", "-1", "0.5", "1TBB", "nan"])
 def test_no_amounts_of_memory(text):
-    with pytest.raises(DataError, match="not an amount of memory"):
+    with pytest.raises(DataError, match="not an amount of bytes"):
         cli._bytes(text)
 
 

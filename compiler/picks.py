@@ -1,0 +1,153 @@
+"""The form that each weight was given: picked for all alike, or read from a plan; and its note."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from . import notes
+from .capability import Capability
+from .choices import Activations, Choice, allowed, legal_choices
+from .contract import Decision
+from .costs import Cost
+from .errors import RecipeError
+from .formats import Format
+from .graph import Weight, readers_of, weights_of
+from .regions import container
+
+
+@dataclass(frozen=True)
+class Pick:
+    """The form of one weight, what it costs, and why."""
+
+    choice: Choice
+    why: str
+    loss: float | None = None
+    cost: Cost | None = None
+
+
+Picks = dict[str, Pick]
+
+
+def uniform(
+    model: ir.Model,
+    capability: Capability,
+    bits: int,
+    activations: Activations,
+    kept: frozenset[str],
+) -> Picks:
+    """Return one width for all weights, but for those whose nodes are all kept by name."""
+    dtype, used = container(bits, capability.weight_bits)
+    picks: Picks = {}
+    for value in weights_of(model):
+        readers = readers_of(value)
+        if all(str(reader.node.name) in kept for reader in readers):
+            op_type = readers[0].node.op_type
+            picks[str(value.name)] = Pick(Choice(), f"{op_type}: kept as asked")
+            continue
+        legal = [
+            choice
+            for choice in allowed(legal_choices(readers, capability), activations)
+            if choice.format is not None and choice.format.dtype == dtype
+        ]
+        if legal:
+            form = legal[0].format
+            assert form is not None
+            choice = Choice(Format(dtype, form.granularity, used), legal[0].activation)
+            picks[str(value.name)] = Pick(choice, _why(readers, choice))
+        elif activations == "float":
+            picks[str(value.name)] = Pick(Choice(), "no legal weight-only form")
+    return picks
+
+
+def _why(readers: Sequence[Weight], choice: Choice) -> str:
+    """Say why a weight has the form that all have."""
+    if len({reader.axis for reader in readers}) > 1:
+        return "read along two different axes, so one scale serves the whole tensor"
+    if readers[0].node.op_type == "Gather":
+        return "embedding: one scale a row"
+    if choice.activation == "float":
+        return "weights only: activations stay float"
+    return f"finest legal form of {readers[0].node.op_type}"
+
+
+def obeyed(model: ir.Model, capability: Capability) -> Picks:
+    """Return what the notes say, as a plan that was read has them.
+
+    Raises:
+        RecipeError: A weight has no note, or one that is not legal here.
+    """
+    picks: Picks = {}
+    for value in weights_of(model):
+        note = notes.read(value)
+        legal = legal_choices(readers_of(value), capability)
+        if note.mode is None:
+            if len(legal) > 1:
+                raise RecipeError(
+                    f"plan: weight {value.name!r} has no mode; give it static with a format, "
+                    "or float"
+                )
+            continue
+        choice = Choice() if note.mode == "float" else Choice(note.format, _beside(note, legal))
+        if not any(_same_form(choice, other) for other in legal):
+            raise RecipeError(
+                f"plan: weight {value.name!r} cannot be {choice} on "
+                f"{capability.name}; legal: {', '.join(map(str, legal))}"
+            )
+        cost = Cost(note.bytes or 0, note.seconds, note.cost_source)  # type: ignore[arg-type]
+        why = note.why or "by the plan"
+        picks[str(value.name)] = Pick(choice, why, note.loss, cost)
+    return picks
+
+
+def write(value: ir.Value, pick: Pick) -> None:
+    """Write one weight's note."""
+    cost = pick.cost or Cost(0)
+    notes.write(
+        value,
+        format=pick.choice.format,
+        activation=pick.choice.activation,
+        mode="float" if pick.choice.format is None else "static",
+        loss=pick.loss,
+        bytes=cost.bytes or None,
+        seconds=cost.seconds,
+        cost_source=cost.source,
+        why=pick.why,
+    )
+
+
+def _beside(note: notes.Note, legal: Sequence[Choice]) -> str:
+    """Return what the kernel reads beside a weight: what the note says, or what fits its form."""
+    if note.activation is not None:
+        return note.activation
+    fitting = [c for c in legal if _same_form(Choice(note.format, c.activation), c)]
+    return fitting[0].activation if fitting else "float"
+
+
+def _same_form(first: Choice, second: Choice) -> bool:
+    """Whether two choices differ in the used bits of a container at most."""
+    if first.format is None or second.format is None:
+        return first.format is second.format
+    same = replace(first.format, bits=second.format.bits) if first.bits == second.bits else None
+    return same == second.format and first.activation == second.activation
+
+
+def told(model: ir.Model, picks: Picks, decision: Decision) -> Decision:
+    """Return the decision with the average bits of what was picked."""
+    elements = bits = 0
+    for value in weights_of(model):
+        pick = picks.get(str(value.name))
+        if pick is not None and value.const_value is not None:
+            elements += value.const_value.size
+            bits += value.const_value.size * pick.choice.bits
+    known = [pick.cost for pick in picks.values() if pick.cost and pick.cost.seconds is not None]
+    sources = sorted({str(cost.source) for cost in known})
+    seconds = sum(cost.seconds or 0.0 for cost in known)
+    return replace(
+        decision,
+        average_bits=bits / elements if elements else 0.0,
+        predicted_seconds=seconds if len(known) == len(picks) and known else None,
+        cost_source=" and ".join(sources) or None,
+    )

@@ -1,0 +1,75 @@
+"""The passes of a compile for onnxruntime CPU, from top to bottom."""
+
+from __future__ import annotations
+
+from ...compiler.capability import Capability
+from ...compiler.contract import Pass
+from ...compiler.precision import Precision
+from ...compiler.recipe import Recipe
+from ...passes.assign_bits import AssignBits
+from ...passes.calibrate import Calibrate
+from ...passes.fold_batchnorm import FoldBatchnorm
+from ...passes.fuse_matmul_bias import FuseMatmulBias
+from ...passes.insert_qdq import InsertQdq
+from ...passes.lower_embeddings import LowerEmbeddings
+from ...passes.pad_codes import PadCodes
+from ...passes.rank_weights import RankWeights
+from ...passes.read_plan import ReadPlan
+from ...passes.round_weights import RoundWeights
+from ...passes.split_skip_layernorm import SplitSkipLayernorm
+from ...passes.tidy import Tidy
+from ...passes.unpack_weights import UnpackWeights
+from ...passes.widen_floats import WidenFloats
+
+
+def recipe_of(precision: Precision, capability: Capability) -> Recipe:
+    """Return the passes for a precision.
+
+    Order: exact rewrites first, since ranges must be taken of the folded graph; then the
+    decisions; then the edits that obey them; last what only this runtime wants.
+    """
+    narrow = "int2" if precision.narrowest == 2 else "int4" if precision.narrowest <= 4 else ""
+    return Recipe(
+        (
+            WidenFloats(),
+            Tidy(opset=capability.packed.get(narrow, 0)),
+            FoldBatchnorm(),
+            *_decisions(precision),
+            RoundWeights(),
+            InsertQdq(),
+            PadCodes(),
+            LowerEmbeddings(),
+            UnpackWeights(),
+            FuseMatmulBias(),
+            SplitSkipLayernorm(),
+        )
+    )
+
+
+def _decisions(precision: Precision) -> tuple[Pass, ...]:
+    """Return the passes that make the plan, or read it."""
+    if precision.planned:
+        return ReadPlan(), AssignBits(method="plan", activations=precision.ranges)
+    mode = precision.ranges if precision.activations else "float"
+    if not precision.widths:
+        calibrate = (Calibrate(weights=precision.weights),) if precision.calibrated else ()
+        return *calibrate, AssignBits(weights=precision.weights, activations=mode)
+    # A budget on time weighs kernels against each other, so all of them are open.
+    limits = precision.limits
+    timed = limits.seconds is not None or precision.goal == "seconds"
+    kernels = "any" if timed else mode
+    return (
+        *((Calibrate(),) if precision.calibrated else ()),
+        RankWeights(signals=precision.signals, widths=precision.widths, activations=kernels),
+        AssignBits(
+            widths=precision.widths,
+            method=precision.method,
+            goal=precision.goal,
+            average_bits=limits.average_bits,
+            max_bytes=limits.bytes,
+            max_seconds=limits.seconds,
+            max_loss=limits.loss,
+            trials=precision.trials,
+            activations=kernels,
+        ),
+    )
