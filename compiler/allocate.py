@@ -25,6 +25,8 @@ Doubles = npt.NDArray[np.float64]
 
 QUANTITIES = ("average bits", "bytes", "seconds", "loss")
 SLACK = 1e-9  # relative; what a budget may be missed by for the sake of rounding
+SCALE = 1e4  # of limits and of the largest cost; the solver's own tolerances are 1e-6 of 1
+ROUGH = 4.0  # largest cost of a form over the cost of the whole up to which a result is exact
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,9 @@ def solve(
 ) -> Chosen:
     """Return the options with the least `goal` under all limits; exact, and always the same.
 
+    Where the goal is not the loss, many choices have the same bytes or seconds: of those the one
+    of least loss is taken.
+
     Args:
         items: The weights.
         goal: What is made small.
@@ -129,11 +134,17 @@ def solve(
     found = program.least(goal, rows)
     if found is None:
         raise BudgetError(_nearest(program, rows))
-    return found
+    if goal == "loss":
+        return found
+    reached = totals(items, found)[goal]
+    held = {**rows, goal: min(rows.get(goal, np.inf), reached * (1 + SLACK))}
+    return program.least("loss", held) or found
 
 
 def _nearest(program: _Program, rows: Mapping[str, float]) -> str:
     """Say which budget cannot be kept, and how near it can be come to."""
+    if program.least("loss", {}) is None:
+        return "weights that are tied to one form have no form in common"
     for name, limit in rows.items():
         found = program.least(name, {})
         assert found is not None
@@ -168,26 +179,40 @@ class _Program:
             "seconds": np.array([option.seconds for option in options]),
             "loss": np.array([option.loss for option in options]),
         }
-        self._allowed = np.ones(len(options))
+        self._allowed = np.ones(len(options), bool)
         for number, item in enumerate(items):
             if item.name in pinned:
-                self._allowed[self._starts[number] : self._starts[number + 1]] = 0
-                self._allowed[self._starts[number] + pinned[item.name]] = 1
+                self._allowed[self._starts[number] : self._starts[number + 1]] = False
+                self._allowed[self._starts[number] + pinned[item.name]] = True
 
     def least(self, goal: str, rows: Mapping[str, float]) -> Chosen | None:
         """Return the choice with the least of one quantity under limits, or None."""
-        limits = dict(rows)
-        for _ in range(4):
-            found = self._solved(goal, limits)
+        limits, cost = dict(rows), self._columns[goal]
+        allowed = self._within(rows)
+        for _ in range(len(cost) + 4):
+            found = self._solved(goal, limits, allowed)
             if found is None:
                 return None
             over = self._over(found, rows)
-            if not over:
+            most = totals(self.items, found)[goal]
+            if not over and float(cost[allowed].max(initial=0)) <= ROUGH * most:
                 return found
+            if not over:
+                # No form that alone has more than this whole choice is in a better one; without
+                # them the scale is that of the differences that count.
+                allowed &= cost <= most
+                continue
             # A 0.9999999 was rounded up to 1: ask for that much less.
             for name, by in over.items():
                 limits[name] -= 2 * by
         return None
+
+    def _within(self, rows: Mapping[str, float]) -> npt.NDArray[np.bool_]:
+        """Return the options that keep every limit by themselves; no quantity is below zero."""
+        allowed = self._allowed.copy()
+        for name, limit in rows.items():
+            allowed &= self._columns[name] <= limit * (1 + SLACK)
+        return allowed
 
     def _over(self, found: Chosen, rows: Mapping[str, float]) -> dict[str, float]:
         """Return by how much each limit is passed after rounding to whole numbers."""
@@ -195,25 +220,27 @@ class _Program:
         passed = {name: sums[name] - limit for name, limit in rows.items()}
         return {n: by for n, by in passed.items() if by > SLACK * max(abs(rows[n]), 1e-12)}
 
-    def _solved(self, goal: str, rows: Mapping[str, float]) -> Chosen | None:
+    def _solved(
+        self, goal: str, rows: Mapping[str, float], allowed: npt.NDArray[np.bool_]
+    ) -> Chosen | None:
         """Ask HiGHS; rows and goal are scaled, since its tolerances are absolute."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         constraints = [LinearConstraint(self._one_each(), 1, 1)]
         for name, limit in rows.items():
-            column = self._columns[name]
-            scale = max(abs(limit), float(column.max(initial=0)) * 1e-3, 1e-30)
+            column = np.where(allowed, self._columns[name], 0)
+            scale = max(abs(limit), 1e-30) / SCALE
             constraints.append(LinearConstraint(column[None] / scale, -np.inf, limit / scale))
         ties = self._ties()
         if len(ties):
             constraints.append(LinearConstraint(ties, 0, 0))
-        cost = self._columns[goal]
+        cost = np.where(allowed, self._columns[goal], 0)
         spread = float(cost.max(initial=0))
         with _silent_stdout():
             result = milp(
-                cost * (1e4 / spread) if spread > 0 else cost,
+                cost / spread * SCALE if spread > 0 else cost,
                 integrality=np.ones(len(cost)),
-                bounds=Bounds(0, self._allowed),
+                bounds=Bounds(0, allowed.astype(np.float64)),
                 constraints=constraints,
                 options={"mip_rel_gap": 0.0},
             )
@@ -283,9 +310,16 @@ def greedy(
     chosen = [_of_width(item, widths[0]) for item in items]
     rows = limits.rows()
 
-    def missed() -> dict[str, float]:
+    alone: dict[str, float] = {}  # least of each quantity where only its own budget is missed
+    among: dict[str, float] = {}  # the same where others are missed too
+
+    def missed() -> bool:
         sums = totals(items, tuple(chosen))
-        return {n: sums[n] for n, limit in rows.items() if sums[n] > limit * (1 + SLACK)}
+        over = [name for name, limit in rows.items() if sums[name] > limit * (1 + SLACK)]
+        for name in over:
+            least = alone if len(over) == 1 else among
+            least[name] = min(least.get(name, np.inf), sums[name])
+        return bool(over)
 
     for width in widths[1:]:
         for group in groups:
@@ -294,8 +328,9 @@ def greedy(
             for name in group:
                 number = place[name]
                 chosen[number] = _of_width(items[number], width, chosen[number])
-    if over := missed():
-        told = "; ".join(f"{n} of {rows[n]:.6g}, nearest {over[n]:.6g}" for n in over)
+    if missed():
+        nearest = alone or among
+        told = "; ".join(f"{n} of {rows[n]:.6g}, nearest {nearest[n]:.6g}" for n in nearest)
         raise BudgetError(f"the greedy order does not reach the budget: {told}")
     return tuple(chosen)
 

@@ -231,6 +231,28 @@ def explain(
 
 
 @app.command()
+def profile(
+    model: Annotated[
+        str | None, typer.Argument(help="Measure this model's own shapes; else a common grid.")
+    ] = None,
+    target: Annotated[str, typer.Option("--target", "-t")] = "cpu",
+    data: Data = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what weighted layers cost on this machine, for --max-latency."""
+    from . import tables
+    from .profiling import profile as measure
+
+    with _progress(quiet or as_json) as progress:
+        found = measure(target, model, data, progress)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+    elif not quiet:
+        tables.print_profile(Console(), found.to_json())
+
+
+@app.command()
 def passes(as_json: Json = False) -> None:
     """List the passes and their options."""
     _list("passes", as_json)

@@ -21,11 +21,11 @@ def energies(model: ir.Model, weights: Sequence[Open], context: Context) -> dict
     """Return weight -> sum of x^2 in a shape that broadcasts against the weight.
 
     x is the operand that the weight meets: one figure an input channel, or for an embedding how
-    often each row is looked up.
+    often each row is looked up. What the bodies of If and Loop read does not count.
     """
     assert context.feeds is not None
     sums: dict[str, Doubles] = {}
-    readers = [reader for one in weights for reader in one.readers]
+    readers = [r for one in weights for r in one.readers if r.node.graph is model.graph]
     names = list(dict.fromkeys(str(operand_of(reader).name) for reader in readers))
     by_name: dict[str, list[Weight]] = {name: [] for name in names}
     for reader in readers:

@@ -75,7 +75,7 @@ class Options(BaseModel):
     seed: int = Field(0, ge=0)
     memory: int = Field(1 << 30, ge=1)
     threads: int = Field(1, ge=1)
-    jobs: int = Field(1, ge=0)
+    jobs: int = Field(0, ge=0)
     stage: bool = False
     force: bool = False
     check: bool = True

@@ -193,20 +193,23 @@ def plan(model: ir.Model) -> dict[str, dict[str, Any]]:
 
 
 def apply_plan(model: ir.Model, notes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the notes of a plan onto the model's values.
+    """Write the notes of a plan onto the model's values; all of them, or none.
 
     Raises:
         RecipeError: The plan names a value that the model does not have, or a note is malformed.
     """
     homes = {str(value.name): value for value in values(model)}
+    found = {}
     for name, fields in notes.items():
         if name not in homes:
             raise RecipeError(f"plan: the model has no value {name!r}{did_you_mean(name, homes)}")
         try:
-            homes[name].meta[KEY] = Note.from_json(fields)
+            found[name] = Note.from_json(fields)
         except RecipeError as error:
             error.add_note(f"in the plan of {name!r}")
             raise
+    for name, note in found.items():
+        homes[name].meta[KEY] = note
 
 
 def to_metadata(model: ir.Model) -> None:

@@ -20,6 +20,7 @@ from .contract import Progress, silent
 from .feeds import Feeds
 from .model import save
 from .session import open_session, session_options
+from .weights import opened
 
 Batch = dict[str, np.ndarray[Any, Any]]
 
@@ -44,7 +45,7 @@ class Observer:
         save(model, self._path, external_above=0)
         self._proto = onnx.load(self._path, load_external_data=False)
         self._model = model
-        self._inputs = {v.name for v in model.graph.inputs}
+        self._given = {v.name for v in model.graph.inputs} | set(model.graph.initializers)
 
     def sizes(self, names: list[str], feeds: Feeds) -> dict[str, int]:
         """Return bytes of each value for the largest batch, measured on a single sample."""
@@ -55,9 +56,9 @@ class Observer:
         return {name: value.nbytes * scale for name, value in self.once(names, first)}
 
     def once(self, names: list[str], batch: Batch) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-        """Yield (name, value) for one batch, a few values at a time; graph inputs too."""
-        yield from ((name, batch[name]) for name in names if name in self._inputs)
-        inner = [name for name in names if name not in self._inputs]
+        """Yield (name, value) for one batch, a few at a time; inputs and initializers too."""
+        yield from ((name, self._known(name, batch)) for name in names if name in self._given)
+        inner = [name for name in names if name not in self._given]
         for start in range(0, len(inner), PROBE):
             part = inner[start : start + PROBE]
             yield from zip(part, self._session(part).run(part, batch), strict=True)
@@ -78,10 +79,10 @@ class Observer:
     def batches(
         self, names: list[str], feeds: Feeds, progress: Progress = silent
     ) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-        """Yield (name, value) for every batch and every name; graph inputs are names too."""
+        """Yield (name, value) for every batch and every name; inputs and initializers too."""
         for batch in feeds:
-            yield from ((name, batch[name]) for name in names if name in self._inputs)
-        wanted = [name for name in names if name not in self._inputs]
+            yield from ((name, self._known(name, batch)) for name in names if name in self._given)
+        wanted = [name for name in names if name not in self._given]
         if not wanted:
             return
         parts = self.slices(wanted, feeds)
@@ -97,12 +98,20 @@ class Observer:
         self, names: list[str], feeds: Feeds, progress: Progress = silent
     ) -> Iterator[tuple[Batch, Batch]]:
         """Yield (batch, values by name) with all named values of a batch at once."""
-        inner = [name for name in names if name not in self._inputs]
+        inner = [name for name in names if name not in self._given]
         session = self._session(inner) if inner else None
         for batch in progress(feeds, "observe", len(feeds)):
             got = session.run(inner, batch) if session is not None else []
             values = dict(zip(inner, got, strict=True))
-            yield batch, {name: values.get(name, batch.get(name)) for name in names}
+            values |= {name: self._known(name, batch) for name in names if name in self._given}
+            yield batch, {name: values[name] for name in names}
+
+    def _known(self, name: str, batch: Batch) -> np.ndarray[Any, Any]:
+        """Return what needs no run: what the batch feeds, or the data of an initializer."""
+        if name in batch:
+            return batch[name]
+        with opened(self._model.graph.initializers[name]) as array:
+            return array
 
     def _session(self, names: list[str]) -> onnxruntime.InferenceSession:
         """Open the model with these values as its outputs; nodes they do not need are not run."""
@@ -125,6 +134,8 @@ def with_outputs(proto: onnx.ModelProto, model: ir.Model, names: Sequence[str]) 
     del changed.graph.output[:]
     for name in names:
         element = types[name]
-        assert element is not None
+        if element is None:  # of an operator that is not ONNX's own; the runtime knows it
+            changed.graph.output.append(onnx.ValueInfoProto(name=name))
+            continue
         changed.graph.output.append(onnx.helper.make_tensor_value_info(name, element.value, None))
     return changed

@@ -20,6 +20,7 @@ from .workbench import Attempt, Workbench
 
 ATTEMPTS = 4  # halvings of the range of a limit on time
 HALVINGS = 6  # of the range of average bits
+TRIALS = 3  # whole plans measured for an attempt that only narrows a range
 MARGIN = 0.97  # of a time budget that is aimed at, since a run's time varies
 
 
@@ -69,6 +70,7 @@ def _fast_enough(
     Kernels' times add up, but the conversions between them do not show in their table. So the
     limit on the kernels is halved in, between that of the fastest choice and the budget itself.
     """
+    precision = precision.model_copy(update={"trials": TRIALS})
     best = _made_or_least(bench, precision, replace(limits, seconds=1e-12), "seconds")
     if _seconds(bench, best) > latency or best.decision is None:
         return best
@@ -102,7 +104,7 @@ def _made_or_least(
         return _made(bench, precision, limits)
     except BudgetError:
         least = precision.model_copy(
-            update={"limits": replace(limits, **{goal: None}), "goal": goal, "trials": 1}
+            update={"limits": replace(limits, **{goal: None}), "goal": goal, "trials": TRIALS}
         )
         return bench.attempt(bench.target.recipe(least))
 
@@ -122,7 +124,8 @@ def _smallest(
 
     def attempt(bits: float, widths: tuple[int, ...]) -> tuple[bool, Attempt]:
         limits = Limits(average_bits=bits)
-        asked = precision.model_copy(update={"limits": limits, "widths": widths})
+        changed = {"limits": limits, "widths": widths, "trials": TRIALS}
+        asked = precision.model_copy(update=changed)
         made = bench.attempt(bench.target.recipe(asked))
         found = bench.compared(made, feeds, metric).drop
         assert found is not None

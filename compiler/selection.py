@@ -49,6 +49,8 @@ def forms_of(
 ) -> dict[str, dict[str, Cost]]:
     """Return weight -> choice -> what it costs, the time of all readers of the weight together.
 
+    Float is always among them.
+
     Args:
         weights: Weights with their legal choices.
         context: Knows what a form costs.
@@ -56,7 +58,9 @@ def forms_of(
             known.
     """
     return {
-        one.name: {str(choice): _cost(one, choice, context, shapes) for choice in one.choices}
+        one.name: {
+            str(choice): _cost(one, choice, context, shapes) for choice in (*one.choices, Choice())
+        }
         for one in weights
     }
 
@@ -149,17 +153,32 @@ def order_of(weights: Sequence[Open], signal: str | None) -> list[list[str]]:
     return [groups[name] for name in sorted(groups, key=ranks.__getitem__)]
 
 
-def without_slow(items: Sequence[Item]) -> tuple[list[Item], list[tuple[str, str]]]:
+def without_slow(
+    items: Sequence[Item], floats: Mapping[str, float]
+) -> tuple[list[Item], list[tuple[str, str]]]:
     """Drop every form that is slower than float in its layer's own shape; tell which.
+
+    Args:
+        items: The weights with their forms' seconds.
+        floats: Weight -> seconds of its float kernel; weights that are left out keep all forms.
 
     Returns:
         The items, and (weight, choice) of every form that was dropped.
+
+    Raises:
+        BudgetError: A weight has no form left.
     """
     kept, dropped = [], []
     for item in items:
-        floats = [option.seconds for option in item.options if option.choice == str(Choice())]
-        limit = min(floats, default=float("inf"))
+        limit = floats.get(item.name, float("inf"))
         options = tuple(option for option in item.options if option.seconds <= limit)
+        if not options:
+            least = min(option.seconds for option in item.options)
+            raise BudgetError(
+                f"every offered form of {item.name!r} is slower than float: {least * 1e6:.3g} us "
+                f"at best against {limit * 1e6:.3g} us; add 32 to the widths, so that it may stay "
+                "float"
+            )
         dropped += [(item.name, o.choice) for o in item.options if o not in options]
         kept.append(replace(item, options=options))
     return kept, dropped

@@ -28,7 +28,7 @@ from .artifact import sha256
 from .cache import Cache
 from .choices import Choice, Open
 from .contract import Context
-from .feeds import Feeds
+from .feeds import Feeds, InputSpec, input_specs
 from .formats import Format
 from .graph import Weight, readers_of
 from .model import save
@@ -89,32 +89,39 @@ def measured(
         clip: How weights are rounded.
     """
     assert context.feeds is not None
-    path, keys = context.folder / "sensitivity.onnx", {}
+    folder = Path(tempfile.mkdtemp(prefix="sensitivity-", dir=context.folder))
+    path = folder / "sensitivity.onnx"
     clone = model.clone()
     notes.to_metadata(clone)
     save(clone, path, external_above=0)
     feeds = spread(context.feeds, samples)
     facts = _facts(path, feeds, kind, clip)
-    cache, found = Cache("sensitivity"), {}
+    cache, found = Cache("sensitivity"), Losses()
+    missing: dict[str, tuple[str, ...]] = {}
     for one in weights:
-        texts = [str(choice) for choice in one.choices]
-        keys[one.name] = {**facts, "weight": one.name, "choices": texts}
-        if (kept := cache.get(keys[one.name])) is not None:
-            found[one.name] = kept
-    tasks = _tasks(
-        path, [one for one in weights if one.name not in found], feeds, context, clip, kind
-    )
+        kept = {text: cache.get(_key(facts, one.name, text)) for text in map(str, one.choices)}
+        found[one.name] = {text: loss for text, loss in kept.items() if loss is not None}
+        if texts := tuple(text for text, loss in kept.items() if loss is None):
+            missing[one.name] = texts
+    tasks = _tasks(path, missing, feeds, context, clip, kind)
     for result in context.progress(_shared(tasks, context.jobs), "measure weights", len(tasks)):
         for name, by_choice in result.items():
-            cache.put(keys[name], by_choice)
-            found[name] = by_choice
-    return {one.name: found[one.name] for one in weights}
+            for text, loss in by_choice.items():
+                cache.put(_key(facts, name, text), loss)
+            found[name] |= by_choice
+    return {one.name: {str(c): found[one.name][str(c)] for c in one.choices} for one in weights}
+
+
+def _key(facts: dict[str, Any], weight: str, choice: str) -> dict[str, Any]:
+    """Return the cache's key for one form of one weight."""
+    return {**facts, "weight": weight, "choice": choice}
 
 
 def spread(feeds: Feeds, samples: int) -> Feeds:
     """Return about so many samples, evenly spread, since files are often sorted by class."""
     every = feeds.count // samples if samples else 1
-    return feeds.split(every)[1] if every > 1 else feeds
+    # A lone batch of a model that fixes its size cannot be cut.
+    return feeds.split(every)[1] if every > 1 and len(feeds.rebatched(1)) > 1 else feeds
 
 
 def _facts(path: Path, feeds: Feeds, kind: losses.Kind, clip: Clip) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def _facts(path: Path, feeds: Feeds, kind: losses.Kind, clip: Clip) -> dict[str,
     return {
         "revision": REVISION,
         "model": [sha256(file) for file in sorted(path.parent.glob(f"{path.name}*"))],
-        "feeds": feeds.sha256(),
+        "feeds": [feeds.sha256(), feeds.batch],
         "loss": kind,
         "clip": clip,
         "runtime": [onnxruntime.__version__, np.__version__],
@@ -132,31 +139,25 @@ def _facts(path: Path, feeds: Feeds, kind: losses.Kind, clip: Clip) -> dict[str,
 
 def _tasks(
     path: Path,
-    weights: Sequence[Open],
+    missing: Mapping[str, tuple[str, ...]],
     feeds: Feeds,
     context: Context,
     clip: Clip,
     kind: losses.Kind,
 ) -> list[Task]:
     """Cut the work into chunks, and write the batches that all of them read."""
-    if not weights:
+    if not missing:
         return []
     files = []
     for number, batch in enumerate(feeds):
         files.append(path.with_name(f"sensitivity-{number}.npz"))
-        np.savez(files[-1], allow_pickle=False, **batch)
+        np.savez(files[-1], *map(_plain, batch.values()), allow_pickle=False)
     scale = losses.scale_of(ir.load(path))
-    chunks = (weights[start : start + CHUNK] for start in range(0, len(weights), CHUNK))
+    container = context.capability.activation
+    names = list(missing)
+    chunks = (names[start : start + CHUNK] for start in range(0, len(names), CHUNK))
     return [
-        Task(
-            path,
-            tuple(files),
-            {one.name: tuple(map(str, one.choices)) for one in chunk},
-            kind,
-            scale,
-            clip,
-            context.capability.activation,
-        )
+        Task(path, tuple(files), {n: missing[n] for n in chunk}, kind, scale, clip, container)
         for chunk in chunks
     ]
 
@@ -188,17 +189,40 @@ def measure(task: Task) -> Losses:
     proto = onnx.load(task.model, load_external_data=False)
     outputs = losses.float_outputs(model)
     wanted = list(dict.fromkeys([*outputs, *(n for p in probes for n in p.reads)]))
-    inputs = {str(v.name) for v in model.graph.inputs}
-    fetched = [name for name in wanted if name not in inputs]
+    fed = input_specs(model)
+    given = {n: _array(by_name[n]) for n in wanted if n in by_name}
+    fetched = [n for n in wanted if n not in given and n not in {spec.name for spec in fed}]
     session = _session(with_outputs(proto, model, fetched), task.model, plain=True)
     for file in task.feeds:
-        with np.load(file, allow_pickle=False) as stored:
-            batch = {name: stored[name] for name in stored.files}
-        values = batch | dict(zip(fetched, session.run(fetched, batch), strict=True))
+        batch = _read(file, fed)
+        values = batch | given | dict(zip(fetched, session.run(fetched, batch), strict=True))
         expected = {name: values[name] for name in outputs}
         for probe in probes:
             probe.add(proto, values, expected)
     return {probe.name: probe.losses() for probe in probes}
+
+
+def _array(value: ir.Value) -> Array:
+    """Return an initializer's own array."""
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def _plain(array: Array) -> Array:
+    """Return an array as a .npz can hold it: that knows no bfloat16, and would pickle strings."""
+    if array.dtype.kind == "V":
+        return array.view(f"u{array.dtype.itemsize}")
+    return array.astype(str) if array.dtype.kind == "O" else array
+
+
+def _read(file: Path, fed: Sequence[InputSpec]) -> dict[str, Array]:
+    """Return a batch that `_tasks` wrote."""
+    with np.load(file, allow_pickle=False) as stored:
+        arrays = [stored[f"arr_{number}"] for number in range(len(fed))]
+    return {
+        spec.name: array.view(spec.dtype) if spec.dtype.kind == "V" else array.astype(spec.dtype)
+        for spec, array in zip(fed, arrays, strict=True)
+    }
 
 
 class _Probe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,7 +134,7 @@ def print_front(console: Console, front: Front, out: Path) -> None:
     console.print(f"[bold]{escape(front.source)}[/bold] on {escape(front.target)}")
     metric = next((p.metric for p in front.points if p.metric is not None), None)
     scores = [metric, "drop"] if metric else []
-    heads = ("", "average bits", "size", "batch 1", "SQNR", *scores, "front")
+    heads = ("asked", "got", "size", "ms", "faster", "SQNR", *scores, "front")
     table = Table(*heads, box=None, pad_edge=False)
     for point in front.points:
         scored = (_number(point.score, ".2f"), _number(point.drop, "+.2f")) if metric else ()
@@ -142,7 +143,8 @@ def print_front(console: Console, front: Front, out: Path) -> None:
             point.name,
             _number(point.average_bits, ".2f"),
             _size(point.bytes),
-            f"{point.seconds * 1e3:.2f} ms, {point.ratio:.2f}x",
+            f"{point.seconds * 1e3:.2f}",
+            f"{point.ratio:.2f}x",
             decibels,
             *scored,
             "*" if point.front else "",
@@ -155,6 +157,34 @@ def print_front(console: Console, front: Front, out: Path) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def print_profile(console: Console, facts: dict[str, Any]) -> None:
+    """Print the seconds of every workload's forms, as times faster than float."""
+    console.print(
+        f"[bold]{escape(facts['machine'])}[/bold] ({facts['isa']}), {escape(facts['runtime'])}, "
+        "one thread; times faster than float"
+    )
+    forms = dict.fromkeys(form for row in facts["workloads"] for form in row["seconds"])
+    others = [form for form in forms if form != "float"]
+    heads = [re.sub(r" per_block\(\d+,(\d+)\)", r" /\1", form) for form in others]
+    table = Table("op", "weight", "input", "float us", *heads, box=None, pad_edge=False)
+    for row in facts["workloads"]:
+        seconds = row["seconds"]
+        ratios = (
+            f"{seconds['float'] / seconds[form]:.2f}x" if form in seconds else ""
+            for form in others
+        )
+        details = " ".join(f"{k}={v}" for k, v in row["attributes"].items())
+        cells = (
+            f"{row['op']} {details}".strip(),
+            "x".join(map(str, row["weight"])),
+            "x".join(map(str, row["input"])),
+            f"{seconds['float'] * 1e6:.1f}",
+            *ratios,
+        )
+        table.add_row(*map(escape, cells))
+    console.print(table)
 
 
 def _number(value: float | None, form: str) -> str:

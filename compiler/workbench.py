@@ -82,7 +82,7 @@ class Workbench:
             progress,
             cost=target.cost,
             plan=plan,
-            jobs=wanted.jobs,
+            jobs=wanted.jobs or _cores(),
         )
         # Recipe of the shared passes -> what they made, in how long, with which remarks.
         self._shared: dict[str, tuple[ir.Model, tuple[PassRow, ...], tuple[Remark, ...], float]]
@@ -162,3 +162,10 @@ class Workbench:
             variant = self.target.open(attempt.emitted.entry, threads)
         batch = next(iter(feeds.rebatched(size) if feeds.rebatchable else feeds))
         return compare.latency(self.reference, variant, batch, threads)
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    from joblib import cpu_count
+
+    return int(cpu_count())

@@ -142,7 +142,14 @@ class AssignBits(Pass):
         ties = _ties(model) if context.capability.ties_attention else {}
         items = selection.items_of(weights, forms, ties, timed, context.capability.name)
         if timed:
-            items, dropped = selection.without_slow(items)
+            # An embedding's lookup takes microseconds in any form, and its table is half a file.
+            floats = {
+                one.name: seconds
+                for one in weights
+                if any(reader.node.op_type != "Gather" for reader in one.readers)
+                and (seconds := forms[one.name][str(Choice())].seconds) is not None
+            }
+            items, dropped = selection.without_slow(items, floats)
             for name, choice in dropped:
                 context.remark(self, name, f"{choice} is slower than float in this shape")
         limits = Limits(self.average_bits, self.max_bytes, self.max_seconds, self.max_loss)

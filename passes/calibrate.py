@@ -10,6 +10,7 @@ does not grow with the number of samples. No edit is made.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import onnx_ir as ir
 from pydantic import Field
@@ -29,6 +30,8 @@ class Calibrate(Pass):
         percentile: Share of elements kept by `percentile`, in percent.
         weights: Bits that weights will have; it decides which nodes can run in integers.
     """
+
+    decides: ClassVar[bool] = True
 
     method: Method = "mse"
     percentile: float = Field(99.999, gt=50, le=100)

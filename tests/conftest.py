@@ -15,6 +15,15 @@ from fourfold.targets.cpu import Cpu
 settings.register_profile("fourfold", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fourfold")
 
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tests keep their results to themselves: what a machine measured before changes nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FOURFOLD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
 
 # In these texts every graph input but x is a weight; `_filled` gives it seeded data.

@@ -180,11 +180,18 @@ def test_a_manifest_of_another_shape(artifact, variants):
 
 
 def test_plan(artifact):
-    write_json(artifact.folder / "plan.json", {"cpu": {"w": {"mode": "static"}}, "dsp": 3})
-    assert artifact.plan("cpu") == {"w": {"mode": "static"}}
+    values = {"w": {"mode": "static"}}
+    plans = {
+        "cpu": {"before": "tidy", "behind": "", "values": values},
+        "dsp": 3,
+        "npu": {"before": "", "behind": "", "values": ["w"]},
+    }
+    write_json(artifact.folder / "plan.json", plans)
+    assert artifact.plan("cpu") == values
     assert artifact.plan("mobile") == {}
-    with pytest.raises(DataError, match=r"plan\.json"):
-        artifact.plan("dsp")
+    for name in ("dsp", "npu"):
+        with pytest.raises(DataError, match=rf"plan\.json: '{name}' is no JSON object"):
+            artifact.plan(name)
 
 
 def test_a_report_that_does_not_fit_the_schema(artifact):

@@ -13,12 +13,16 @@ import onnxruntime
 import pytest
 
 import fourfold
+from fourfold.compiler.contract import Context, Decision
 from fourfold.compiler.errors import BrokenPassError, BudgetError, RecipeError, UnsupportedError
-from fourfold.compiler.graph import values
+from fourfold.compiler.graph import values, weights_of
 from fourfold.compiler.model import load, save
 from fourfold.compiler.notes import Note
 from fourfold.compiler.recipe import Recipe
+from fourfold.compiler.runner import run
+from fourfold.compiler.saved_plan import SavedPlan
 from fourfold.passes.tidy import Tidy
+from fourfold.targets.cpu import Cpu
 
 HOME = Path(fourfold.__path__[0])
 DIGITS = HOME / "examples" / "digits"
@@ -145,11 +149,20 @@ def test_the_manifest(digits):
 def test_the_plan_is_in_graph_order(digits):
     artifact = digits()
     plan = artifact.plan("cpu")
-    order = [v.name for v in values(load(artifact.entry("cpu")))]
+    saved = SavedPlan.read(artifact.folder / "plan.json", "cpu")
+    assert saved.values == plan
+    # Weights have the names that they had when their form was decided: behind the exact rewrites.
+    exact = Recipe.parse("widen-floats,tidy,fold-batchnorm")
+    assert saved.before.passes[:3] == exact.passes
+    model, _ = run(exact, load(MODEL), Context(Cpu().capability, artifact.folder))
+    order = [v.name for v in values(model)]
     assert set(plan) <= set(order)
     assert list(plan) == sorted(plan, key=order.index)
     notes = {name: Note.from_json(fields) for name, fields in plan.items()}
+    weights = {v.name for v in weights_of(model)}
+    assert {n for n, note in notes.items() if str(note.format).startswith("int8 ")} == weights
     assert sum(str(n.format).startswith("int8 per_axis") for n in notes.values()) == 7
+    assert {notes[name].activation for name in weights} == {notes["image"].format.dtype}
     image = notes["image"]
     assert (str(image.format), image.mode, image.low) == ("uint8 per_tensor", "static", 0)
     assert all(note.why for note in notes.values())
@@ -321,8 +334,20 @@ def test_the_direction_of_a_metric(out):
 
 
 def test_a_budget_that_is_met(out):
-    artifact = fourfold.compile(MODEL, out, CALIB, CHECK, max_drop=1.0)
+    artifact = fourfold.compile(MODEL, out, CALIB, CHECK, precision="w8a8", max_drop=1.0)
     assert row(artifact).accuracy.drop <= 1.0
+    assert row(artifact).decision == Decision("uniform", 8.0)
+
+
+def test_a_budget_without_a_precision_opens_the_widths(digits, out, tmp_path, monkeypatch):
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
+    artifact = fourfold.compile(MODEL, out, CALIB, CHECK, max_drop=1.0)
+    one = row(artifact)
+    assert one.precision == "auto"
+    assert one.accuracy.drop <= 1.0
+    assert one.decision.method == "milp"
+    assert 2 <= one.decision.average_bits < 8
+    assert one.file_bytes < row(digits()).file_bytes
 
 
 def test_a_budget_that_is_missed_leaves_the_artifact(out):

@@ -41,8 +41,8 @@ def image(body, weights="", outputs=f"{IMAGE} y"):
     return parse(f"g ({IMAGE} x) => ({outputs}) <{header}> {{ {body} }}")
 
 
-def find(model, bits=8, keep=()):
-    return regions.find(model, CAPABILITY, bits, frozenset(keep))
+def find(model, bits=8, keep=None):
+    return regions.find(model, CAPABILITY, bits, keep)
 
 
 def running(model, **options):
@@ -268,15 +268,28 @@ def test_concat_gives_its_inputs_one_scale():
 
 def test_kept_nodes_stay_float():
     model = image("[first] a = Conv(x, w) [second] y = Conv(a, w)")
-    found = find(model, keep={"first"})
+    found = find(model, keep={"first": "kept as asked"})
     assert [node.name for node in found.integer.values()] == ["second"]
     assert found.why_float == {"a": "kept as asked"}
+    both = find(model, keep={"second": "one reason", "first": "another", "third": "none"})
+    assert both.integer == {}
+    assert both.why_float == {"a": "another", "y": "one reason"}
 
 
 def test_widths_that_are_not_legal_have_a_reason():
     assert find(image("y = Conv(x, w)"), bits=4).why_float == {
         "y": "no legal form with 4-bit weights and uint8 activations"
     }
+
+
+def test_each_weight_has_a_width_of_its_own():
+    text = """g (float[1,2] x) => (float[1,2] y)
+        <float[2,2] w = {1,2,3,4}, float[2,2] v = {1,2,3,4}, float[2,2] u = {1,2,3,4}>
+        { a = MatMul(x, w) b = MatMul(a, v) y = MatMul(b, u) }"""
+    found = find(parse(text), bits={"w": 8, "v": 4})  # a MatMul of the chip takes int8 alone
+    assert [node.outputs[0].name for node in found.integer.values()] == ["a", "y"]
+    reason = "no legal form with 4-bit weights and uint8 activations"
+    assert found.why_float == {"b": reason}
 
 
 def test_embeddings_and_integers_are_not_worth_a_word():

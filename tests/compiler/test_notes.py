@@ -1,3 +1,5 @@
+import json
+
 import onnx_ir as ir
 import pytest
 from hypothesis import given
@@ -14,7 +16,10 @@ g (float[2,2] x) => (float[2,2] y) <float[2,2] w = {1,2,3,4}> {
     h = MatMul(x, w)
     y = Relu(h)
 }"""
-NUMBERS = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+NUMBERS = st.none() | FLOATS
+FIGURES = st.none() | st.dictionaries(st.text(max_size=5), FLOATS, max_size=3)
+COUNTS = st.none() | st.integers(0, 1 << 50)
 NOTES = st.builds(
     Note,
     format=st.sampled_from([None, Format("uint8"), Format("int8", PerAxis(1), 7)]),
@@ -23,7 +28,14 @@ NOTES = st.builds(
     high=NUMBERS,
     sqnr_db=NUMBERS,
     shares=st.none() | st.text(max_size=5),
-    importance=NUMBERS,
+    activation=st.sampled_from([None, "float", "uint8"]),
+    block=COUNTS,
+    importance=FIGURES,
+    losses=FIGURES,
+    loss=NUMBERS,
+    bytes=COUNTS,
+    seconds=NUMBERS,
+    cost_source=st.sampled_from([None, "measured", "nearest", "shipped"]),
     why=st.none() | st.text(max_size=20),
 )
 
@@ -60,6 +72,7 @@ def test_write_keeps_the_other_fields(model):
 @given(NOTES)
 def test_json_round_trip(note):
     assert Note.from_json(note.as_json()) == note
+    assert Note.from_json(json.loads(json.dumps(note.as_json(), allow_nan=False))) == note
     assert None not in note.as_json().values()
 
 
@@ -73,6 +86,34 @@ def test_json_of_a_hand_edited_plan_is_checked():
         Note.from_json({"low": 0.0, "hihg": 1.0})
     with pytest.raises(RecipeError, match="not a format: 'int8'"):
         Note.from_json({"format": "int8"})
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("format", 8),
+        ("mode", "statik"),
+        ("mode", None),
+        ("activation", 8),
+        ("low", "1"),
+        ("low", NAN),
+        ("high", INF),
+        ("high", True),
+        ("block", 1.5),
+        ("bytes", "12"),
+        ("importance", 3.0),
+        ("importance", {"lim": "high"}),
+        ("losses", {"float": NAN}),
+        ("losses", {8: 0.0}),
+        ("why", ["because"]),
+    ],
+)
+def test_json_of_the_wrong_type_is_refused(field, value):
+    with pytest.raises(RecipeError, match=f"plan field {field} = "):
+        Note.from_json({field: value})
 
 
 def test_merge_joins_what_does_not_contradict():
@@ -147,8 +188,12 @@ def test_plan_and_back(model):
 
 
 def test_a_plan_of_another_model_is_refused(model):
-    with pytest.raises(ModelError, match=r"does not have: \['nowhere'\]"):
-        notes.apply_plan(model, {"h": {"low": -1.0}, "nowhere": {}})
+    with pytest.raises(RecipeError, match="plan: the model has no value 'hh'; did you mean 'h'"):
+        notes.apply_plan(model, {"h": {"low": -1.0}, "hh": {}})
+    assert notes.plan(model) == {}
+    with pytest.raises(RecipeError, match="plan field low = 'deep'") as error:
+        notes.apply_plan(model, {"w": {"high": 1.0}, "h": {"low": "deep"}})
+    assert error.value.__notes__ == ["in the plan of 'h'"]
     assert notes.plan(model) == {}
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from fourfold.compiler import notes, tables
 from fourfold.compiler.artifact import MANIFEST, REPORT, Artifact, write_json
 from fourfold.compiler.compare import Comparison, Latency
-from fourfold.compiler.contract import Remark
+from fourfold.compiler.contract import Decision, Remark
 from fourfold.compiler.errors import DataError, ModelError, RecipeError, UnsupportedError
 from fourfold.compiler.formats import Format, PerAxis
 from fourfold.compiler.intake import Options, read_options
@@ -171,6 +171,21 @@ def test_verdict(accuracy, rows, after, said):
     assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
 
 
+CHOSEN = Decision(
+    method="milp",
+    average_bits=3.375,
+    signal="measured",
+    loss_kind="mse",
+    predicted_loss=0.0125,
+    measured_loss=0.02,
+    first_loss=0.03,
+    repairs=("w raised: loss 0.03 -> 0.02",),
+    trials=2,
+    predicted_seconds=1.5e-3,
+    cost_source="shipped",
+)
+
+
 def target_report(**changes):
     fields = {
         "target": 'cpu{isa="avx2"}',
@@ -179,6 +194,7 @@ def target_report(**changes):
         "recipe": 'tidy,assign-bits{keep=["[a]"]}',
         "file_bytes": 500_000,
         "bits_per_weight": 8.125,
+        "decision": Decision("uniform", 8.0),
         "kernels": {"QGemm": 2, "Relu": 1},
         "stayed_float": {"conv[1]": "no integer [form]"},
         "accuracy": NEAR,
@@ -214,7 +230,11 @@ def report(*rows, **changes):
 
 def test_a_report_reads_back():
     same = Comparison(float("inf"), 1.0, None, 0.0)
-    given = report(target_report(accuracy=same), target_report(target="dsp", accuracy=None))
+    given = report(
+        target_report(accuracy=same, decision=CHOSEN),
+        target_report(target="dsp", accuracy=None),
+        target_report(target="npu", decision=None),
+    )
     text = json.dumps(given.to_json(), allow_nan=False)
     assert '"sqnr_db": "inf"' in text
     assert Report.model_validate(json.loads(text)) == given
@@ -295,6 +315,22 @@ def test_the_report_on_a_console(shown, filed):
     ]
 
 
+def test_how_bits_were_chosen_on_a_console(shown, filed):
+    plain = target_report(target="dsp", decision=None)
+    greedy = target_report(target="npu", decision=Decision("greedy", 4.0, signal="lim"))
+    rows = target_report(decision=CHOSEN), plain, greedy, target_report(target="gpu")
+    text = shown(tables.print_report, filed(report(*rows)))
+    lines = {line.split("  ")[0]: " ".join(line.split()) for line in text.splitlines()}
+    assert lines["average code bits"] == (
+        "average code bits 3.38, milp by measured - 4.00, greedy by lim 8.00"
+    )
+    assert lines["calibration loss"] == (
+        "calibration loss 0.0125 predicted, 0.02 measured - - predicted, - measured "
+        "- predicted, - measured"
+    )
+    assert lines["weighted kernels"] == "weighted kernels 1.50 ms (shipped) - - -"
+
+
 def test_a_folders_name_is_in_one_piece(shown, filed):
     artifact = filed(report())
     assert f"see `fourfold explain {artifact.folder}`\n" in shown(
@@ -351,7 +387,11 @@ PLAN = {
         "high": 2.5,
         "why": "a [b]",
     },
-    "conv.w": {"format": "int4 per_axis(0)", "mode": "static"},
+    "conv.w": {
+        "format": "int4 per_axis(0)",
+        "mode": "static",
+        "importance": {"lim": -0.5, "measured": 0.01234},
+    },
     "hidden": {"format": "uint8 per_tensor", "mode": "dynamic"},
     "conv.y": {"mode": "float", "why": "kept as asked"},
 }
@@ -373,9 +413,9 @@ def test_an_explanation_on_a_console(shown):
     assert lines == [
         'cpu{isa="avx2"} on a runtime [v2]',
         'recipe tidy,assign-bits{keep=["[a]"]}',
-        "value decision range why",
+        "value decision range importance why",
         "x uint8 per_tensor -1 .. 2.5 a [b]",
-        "conv.w int4 per_axis(0)",
+        "conv.w int4 per_axis(0) lim -0.5, measured 0.0123",
         "hidden uint8 per_tensor dynamic",
         "conv.y float kept as asked",
         "kernels QGemm 2, Relu 1",

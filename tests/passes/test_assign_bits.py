@@ -61,6 +61,7 @@ def test_weights_get_a_scale_for_each_output_channel(context):
     assert got["wg"] == "int8 per_axis(1)"
     assert got["wm"] == "int8 per_axis(1)"
     assert plan["wc"]["why"] == "finest legal form of Conv"
+    assert {plan[name]["activation"] for name in ("wc", "wt", "wg", "wm")} == {"uint8"}
 
 
 @pytest.mark.parametrize(
@@ -143,8 +144,10 @@ def test_weight_only_leaves_activations_alone(context):
 def test_nodes_are_kept_float_by_name(context):
     pass_ = AssignBits(activations="static", keep=("conv", "pl.*n"))
     _, plan, _ = planned(LAYERS, pass_, context, EVERYTHING)
-    assert plan["wc"] == plan["c"] == {"mode": "float", "why": "Conv: kept as asked"}
-    assert plan["wg"] == {"mode": "float", "why": "Gemm: kept as asked"}
+    kept = {"mode": "float", "why": "Conv: kept as asked"}
+    assert plan["c"] == kept
+    assert plan["wc"] == {**kept, "activation": "float"}
+    assert plan["wg"] == {"mode": "float", "activation": "float", "why": "Gemm: kept as asked"}
     assert formats(plan)["wt"] == "int8 per_axis(0)"
     told = {r.subject: r.reason for r in context.remarks}
     assert told["conv"] == "Conv stays float: kept as asked"
@@ -155,7 +158,9 @@ def test_nodes_are_kept_float_by_name(context):
 def test_weight_only_keeps_by_name_too(context):
     pass_ = AssignBits(activations="float", keep=("conv",))
     _, plan, _ = planned(LAYERS, pass_, context)
-    assert plan["wc"] == {"mode": "float", "why": "kept as asked"}
+    assert plan["wc"] == {"mode": "float", "activation": "float", "why": "Conv: kept as asked"}
+    assert set(plan) == {"wc", "wt", "wg", "wm"}
+    assert {plan[name]["activation"] for name in plan} == {"float"}
 
 
 @pytest.mark.parametrize(
@@ -192,10 +197,12 @@ def test_embeddings_get_a_scale_for_each_row(activations, context):
     _, plan, _ = planned(EMBEDDING, AssignBits(activations=activations, weights=4), context)
     assert plan["table"]["format"] == "int4 per_axis(0)"
     assert plan["table"]["why"] == "embedding: one scale a row"
-    pass_ = AssignBits(activations=activations, embeddings=False)
-    assert planned(EMBEDDING, pass_, context)[1] == {}
-    pass_ = AssignBits(activations=activations, keep=("look_up",))
-    assert "format" not in planned(EMBEDDING, pass_, context)[1].get("table", {})
+    kept = {"mode": "float", "activation": "float", "why": "Gather: kept as asked"}
+    for options in ({"embeddings": False}, {"keep": ("look_up",)}):
+        pass_ = AssignBits(activations=activations, **options)
+        plan = planned(EMBEDDING, pass_, context)[1]
+        assert plan["table"] == kept
+        assert formats(plan) == {}
 
 
 CONCAT = f"""{HEADER} g (float[1,1,2,2] x) => (float[1,2,2,2] y)
