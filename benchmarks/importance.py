@@ -223,7 +223,7 @@ def plot(task_name: str, records: list[dict[str, object]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     units = [u for u in ("tensor", "block") if any(r["unit"] == u for r in records)]
-    with mpl.rc_context({"svg.hashsalt": "fourfold", "font.size": 8}):
+    with mpl.rc_context({"svg.hashsalt": "fourfold", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(9, 3.2 * len(units)), layout="constrained")
         grid = figure.subplots(len(units), len(PAIRS), squeeze=False)
         for row, unit in zip(grid, units, strict=True):

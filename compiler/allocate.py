@@ -25,8 +25,9 @@ Doubles = npt.NDArray[np.float64]
 
 QUANTITIES = ("average bits", "bytes", "seconds", "loss")
 SLACK = 1e-9  # relative; what a budget may be missed by for the sake of rounding
-SCALE = 1e4  # of limits and of the largest cost; the solver's own tolerances are 1e-6 of 1
-ROUGH = 4.0  # largest cost of a form over the cost of the whole up to which a result is exact
+# The solver's own tolerances are 1e-6, so limits and the largest cost are made this large.
+LIMIT, COST = 1e4, 1e6
+ROUGH = 300.0  # largest cost of one form over the cost of the whole that still is exact
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class _Program:
         constraints = [LinearConstraint(self._one_each(), 1, 1)]
         for name, limit in rows.items():
             column = np.where(allowed, self._columns[name], 0)
-            scale = max(abs(limit), 1e-30) / SCALE
+            scale = max(abs(limit), 1e-30) / LIMIT
             constraints.append(LinearConstraint(column[None] / scale, -np.inf, limit / scale))
         ties = self._ties()
         if len(ties):
@@ -238,7 +239,7 @@ class _Program:
         spread = float(cost.max(initial=0))
         with _silent_stdout():
             result = milp(
-                cost / spread * SCALE if spread > 0 else cost,
+                cost / spread * COST if spread > 0 else cost,
                 integrality=np.ones(len(cost)),
                 bounds=Bounds(0, allowed.astype(np.float64)),
                 constraints=constraints,

@@ -72,23 +72,21 @@ def zd(values: Sequence[Floats]) -> float:
 
     Weights that are all equal have no spread and a share of 0.
     """
-    if min(array.min() for array in values) == max(array.max() for array in values):
-        return 0.0  # their mean in float64 may miss them by a rounding
     count = sum(array.size for array in values)
     mean = sum(float(array.sum(dtype=np.float64)) for array in values) / count
     square = sum(float(np.square(array.astype(np.float64) - mean).sum()) for array in values)
     std = float(np.sqrt(square / count))
+    if std == 0:
+        return 0.0
     return sum(int((array.astype(np.float64) - mean > std).sum()) for array in values) / count
 
 
 def kurtosis(values: Floats) -> float:
     """Return the excess kurtosis: 0 for a Gaussian, large for few far outliers, 0 if constant."""
-    if values.min() == values.max():
-        return 0.0
     wide = values.astype(np.float64).ravel()
     wide -= wide.mean()
     variance = float(np.square(wide).mean())
-    return float((wide**4).mean()) / variance**2 - 3.0
+    return float((wide**4).mean()) / variance**2 - 3.0 if variance > 0 else 0.0
 
 
 def lim(first: Doubles, second: Doubles) -> Doubles:

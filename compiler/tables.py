@@ -263,13 +263,16 @@ def print_explanation(console: Console, facts: dict[str, Any]) -> None:
     target, capability = escape(facts["target"]), escape(facts["capability"])
     console.print(f"[bold]{target}[/bold] on {capability}")
     console.print(f"recipe  {facts['recipe']}", highlight=False, markup=False)
-    table = Table("value", "decision", "range", "importance", "why", box=None, pad_edge=False)
+    # With one signal the reason says it all; with several they are there to be compared.
+    several = any(len(note.get("importance", {})) > 1 for note in facts["plan"].values())
+    heads = ("value", "decision", "range", *(["importance"] if several else []), "why")
+    table = Table(*heads, box=None, pad_edge=False)
     for name, note in facts["plan"].items():
         decision = note.get("format", "float") if note.get("mode") != "float" else "float"
         decision += " dynamic" if note.get("mode") == "dynamic" else ""
         range_ = f"{note['low']:.4g} .. {note['high']:.4g}" if note.get("low") is not None else ""
-        importance = ", ".join(f"{k} {v:.3g}" for k, v in note.get("importance", {}).items())
-        cells = (name, decision, range_, importance, note.get("why", ""))
+        signals = "\n".join(f"{k} {v:.2g}" for k, v in note.get("importance", {}).items())
+        cells = (name, decision, range_, *([signals] if several else []), note.get("why", ""))
         table.add_row(*map(escape, cells))
     console.print(table)
     console.print(

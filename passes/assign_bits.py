@@ -206,17 +206,15 @@ class AssignBits(Pass):
         return clone
 
     def _reason(self, item: Item, index: int) -> str:
-        """Say what a narrower form would have cost."""
+        """Say what the form is predicted to cost, and what a narrower one would have."""
         taken = item.options[index]
         narrower = [o for o in item.options if o.bits < taken.bits and o.loss > taken.loss]
         if self.method == "greedy":
             return "in the greedy order"
         if not narrower:
-            return f"predicted loss {taken.loss:.3g}; the narrowest form"
+            return f"loss {taken.loss:.2g}, in the narrowest form"
         nearest = min(narrower, key=lambda option: option.loss)
-        return (
-            f"predicted loss {taken.loss:.3g}; {nearest.bits} bits would cost {nearest.loss:.3g}"
-        )
+        return f"loss {taken.loss:.2g}; with {nearest.bits} bits {nearest.loss:.2g}"
 
     def _decision(
         self,

@@ -48,12 +48,17 @@ class RankWeights(Pass):
     clip: Clip = "auto"
 
     def requires(self, model: ir.Model, context: Context) -> Iterable[str]:
-        """Ask for feeds where a signal runs the model."""
+        """Ask for feeds where a signal runs the model, and for outputs that can be compared."""
         wanting = [signal for signal in self.signals if signals.needs_data(signal)]
         if wanting and context.feeds is None:
             yield (
                 f"there are no calibration feeds, and the signal {wanting[0]} runs the model; "
                 "pass --data FILE, or choose --signal quantization-error"
+            )
+        if "measured" in self.signals and not losses.float_outputs(model):
+            yield (
+                "the signal measured compares float outputs, and the model has none; choose "
+                "--signal activation-weighted"
             )
 
     def run(self, model: ir.Model, context: Context) -> int:
