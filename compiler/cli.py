@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .amounts import read_bytes, read_numbers, read_seconds
 from .errors import BudgetError, DataError, FourfoldError
+from .progress import shown
 
 if TYPE_CHECKING:
     from .artifact import Artifact
@@ -139,7 +139,7 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a command's options are its param
         return
     from .driver import compile
 
-    with _progress(quiet or as_json) as progress, _shown_over_budget(out, as_json, quiet):
+    with shown(quiet or as_json) as progress, _shown_over_budget(out, as_json, quiet):
         artifact = compile(model, out, data, check, progress, **options)
     _show_report(artifact, as_json, quiet)
 
@@ -244,7 +244,7 @@ def profile(
     from . import tables
     from .profiling import profile as measure
 
-    with _progress(quiet or as_json) as progress:
+    with shown(quiet or as_json) as progress:
         found = measure(target, model, data, progress)
     if as_json:
         typer.echo(json.dumps(found.to_json()))
@@ -279,7 +279,7 @@ def demo(
     home = (__package__ or "fourfold.compiler").rpartition(".")[0]
     with (
         as_file(files(f"{home}.examples") / "digits") as folder,
-        _progress(quiet or as_json) as progress,
+        shown(quiet or as_json) as progress,
     ):
         artifact = compile(
             folder / "digits.onnx",
@@ -317,7 +317,7 @@ def _sweep(
     from . import tables
     from .sweep import sweep
 
-    with _progress(quiet or as_json) as progress:
+    with shown(quiet or as_json) as progress:
         front = sweep(model, out, data, check, points, progress, **options)
     if as_json:
         typer.echo(json.dumps(front.to_json()))
@@ -357,35 +357,6 @@ def _list(kind: Literal["passes", "targets"], as_json: bool) -> None:
         typer.echo(json.dumps(facts))
     else:
         tables.print_catalogue(Console(), facts)
-
-
-@contextmanager
-def _progress(silent: bool) -> Iterator[Any]:
-    """Yield a wrapper for long steps: bars on a terminal, nothing in a log."""
-    console = Console(stderr=True)
-    if silent or not console.is_terminal:
-        from .contract import silent as nothing
-
-        yield nothing
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bars:
-
-        def watch(steps: Iterable[Any], title: str, total: int | None = None) -> Iterator[Any]:
-            task = bars.add_task(title, total=total)
-            try:
-                for step in steps:
-                    yield step
-                    bars.advance(task)
-            finally:
-                bars.remove_task(task)
-
-        yield watch
 
 
 if __name__ == "__main__":

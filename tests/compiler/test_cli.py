@@ -330,7 +330,7 @@ def test_no_command_shows_the_help(call):
 
 
 @pytest.mark.parametrize(
-    "command", ["compile", "run", "inspect", "explain", "passes", "targets", "demo"]
+    "command", ["compile", "run", "inspect", "explain", "profile", "passes", "targets", "demo"]
 )
 def test_every_command_has_help(call, command):
     code, out, _ = call(command, "--help")
@@ -338,19 +338,64 @@ def test_every_command_has_help(call, command):
     assert "Usage:" in out
 
 
-def test_progress_hands_steps_on_and_stays_off_a_log(capsys):
-    for silent in (True, False):
-        with cli._progress(silent) as progress:
-            assert list(progress(range(3), "steps", 3)) == [0, 1, 2]
-    assert capsys.readouterr() == ("", "")
+def test_budgets_signals_and_plans_reach_the_compiler(call, tmp_path):
+    out = tmp_path / "out"
+    code, text, _ = call(
+        "compile", MODEL, "-o", out, "--data", CALIB, "--check", CHECK, "--avg-bits", "4.5",
+        "--signal", "quantization-error", "--signal", "zd", "--widths", "8,4", "--json",
+    )  # fmt: skip
+    (row,) = json.loads(text)["targets"]
+    assert code == 0
+    assert row["precision"] == "auto"
+    assert row["decision"]["average_bits"] <= 4.5
+    assert row["decision"]["signal"] == "quantization-error"
+    code, text, _ = call("explain", out, "--json", "--name", "classify")
+    note = json.loads(text)["plan"]["classify.weight"]
+    assert set(note["importance"]) == {"quantization-error", "zd"}
+    assert {form.split()[0] for form in note["losses"]} == {"int8", "int4"}
+    code, text, _ = call("explain", out)
+    assert "importance" in text  # a column of its own, since there are two to compare
+    again = tmp_path / "again"
+    code, text, _ = call("compile", MODEL, "-o", again, "--plan", out / "plan.json")
+    assert code == 0
+    assert "average code bits" in text
+    assert (again / "cpu/model.onnx").read_bytes() == (out / "cpu/model.onnx").read_bytes()
 
 
-def test_progress_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    with cli._progress(silent=False) as progress:
-        assert list(progress(iter("ab"), "letters", 2)) == ["a", "b"]
-        with pytest.raises(KeyError):
-            for _ in progress("ab", "letters", 2):
-                raise KeyError
-    assert capsys.readouterr().out == ""
+def test_a_missed_size_exits_with_3_and_shows_the_nearest(call, tmp_path):
+    arguments = ("compile", MODEL, "-o", tmp_path / "out", "--data", CALIB, "--check", CHECK)
+    arguments += ("--signal", "quantization-error", "--jobs", "1")
+    code, text, error = call(*arguments, "--max-size", "35kB")
+    assert code == 3
+    assert "more than the budget of 35000" in error
+    assert "average code bits" in text
+    code, text, error = call(*arguments, "--max-size", "5kB", "--force")
+    assert code == 3
+    assert text == ""  # no variant was made, and the older artifact is not shown for it
+    assert "5000" in error
+
+
+def test_sweep_prints_the_front(call, tmp_path):
+    out = tmp_path / "front"
+    code, text, _ = call(
+        "compile", MODEL, "-o", out, "--data", CALIB, "--check", CHECK, "--sweep", "2",
+        "--signal", "quantization-error", "--jobs", "1",
+    )  # fmt: skip
+    assert code == 0
+    assert "8.00 bits" in text
+    assert "2.00 bits" in text
+    assert "front.svg" in text
+    assert json.loads((out / "front.json").read_text())["points"][0]["name"] == "source"
+
+
+def test_profile_prints_ratios(call):
+    code, text, _ = call("profile", MODEL)
+    assert code == 0
+    assert "Gemm" in text
+    assert "int8" in text
+    code, text, _ = call("profile", MODEL, "--json")
+    assert code == 0
+    assert json.loads(text)["runtime"].startswith("onnxruntime ")
+    code, _, error = call("profile", "no.onnx")
+    assert code == 2
+    assert "no.onnx" in error
