@@ -98,18 +98,21 @@ def ranked(task_name: str, folder: Path) -> Ranked:
 def order(
     one: Ranked, signal: str, groups: Sequence[Group], pair: tuple[int, int]
 ) -> list[Group] | None:
-    """Return the groups by one signal, the least important first; None where it cannot order."""
+    """Return the groups by one signal, the least important first; None where it orders none.
+
+    A group that the signal says nothing of (LIM, where a block changes its shape) goes last.
+    """
 
     def score(group: Group) -> float:
         predicted = one.losses[signal]
         if predicted:
             return sum(predicted[name][pair[1]] - predicted[name][pair[0]] for name in group)
-        return float(np.mean([one.importance[signal][name] for name in group]))
+        found = [one.importance[signal].get(name, np.inf) for name in group]
+        return float(np.mean(found))
 
-    names = {name for group in groups for name in group}
-    if not names <= set(one.importance[signal]):
-        return None
-    return sorted(groups, key=score)
+    ordered = sorted(groups, key=score)
+    known = sum(np.isfinite(score(group)) for group in groups)
+    return ordered if known > len(groups) / 2 else None
 
 
 def scorer(task_name: str, one: Ranked) -> Callable[[dict[str, np.ndarray]], tuple[float, float]]:
@@ -169,7 +172,9 @@ def curves(task_name: str, one: Ranked) -> Iterator[dict[str, object]]:
             continue
         shares = sorted({max(round(s * len(groups)), 1) for s in SHARES} - {len(groups)})
         for high, low in PAIRS:
-            orders = {signal: order(one, signal, groups, (high, low)) for signal in SIGNALS}
+            # LIM is a block's own: tensors of one block have the same.
+            able = [signal for signal in SIGNALS if unit == "block" or signal != "lim"]
+            orders = {signal: order(one, signal, groups, (high, low)) for signal in able}
             for number in range(RANDOM):
                 orders[f"random {number}"] = [groups[i] for i in draw.permutation(len(groups))]
             ends = {0: ("all", groups), len(groups): ("all", groups)}

@@ -39,10 +39,10 @@ class Cache:
             if path.stat().st_size > LARGEST:
                 return None
             kept = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         # A damaged file, or another key of the same hash, is as good as none.
-        return kept["result"] if isinstance(kept, dict) and kept.get("key") == key else None
+        return kept.get("result") if isinstance(kept, dict) and kept.get("key") == key else None
 
     def put(self, key: Any, result: Any) -> bool:
         """Keep a result; return whether the cache folder could be written to.
@@ -56,10 +56,14 @@ class Cache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
+        except OSError:
+            return False
+        try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
             Path(partial).replace(path)
         except OSError:
+            Path(partial).unlink(missing_ok=True)
             return False
         return True
 

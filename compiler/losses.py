@@ -7,6 +7,7 @@ variant; its last axis holds logits, or probabilities where a Softmax makes it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -64,16 +65,21 @@ class OutputLoss:
 
     def add(self, expected: Mapping[str, Array], got: Mapping[str, Array]) -> None:
         """Add one batch; both map the float outputs' names to arrays of the same shapes."""
-        if self._kind == "kl":
-            name = next(iter(expected))
-            self._add_kl(expected[name], got[name])
-            return
-        for name, reference in expected.items():
-            wide = reference.astype(np.float64)
-            # A float32 that overflowed is as far as can be: the loss becomes inf, not nan.
-            miss = np.nan_to_num(got[name].astype(np.float64) - wide, nan=np.inf)
-            self._sum += float(np.square(miss).sum())
-            self._weight += float(np.square(wide).sum())
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self._kind == "kl":
+                name = next(iter(expected))
+                self._add_kl(expected[name], got[name])
+                return
+            for name, reference in expected.items():
+                self._add_mse(reference, got[name])
+
+    def _add_mse(self, expected: Array, got: Array) -> None:
+        """Add noise power and signal power."""
+        wide = expected.astype(np.float64)
+        # A float32 that overflowed is as far as can be: the loss becomes inf, not nan.
+        miss = np.nan_to_num(got.astype(np.float64) - wide, nan=np.inf)
+        self._sum += float(np.square(miss).sum())
+        self._weight += float(np.square(wide).sum())
 
     def _add_kl(self, expected: Array, got: Array) -> None:
         """Add sum p (log p - log q) over the last axis."""
@@ -93,4 +99,5 @@ class OutputLoss:
     @property
     def value(self) -> float:
         """The loss of everything added, from 0 to `WORST`."""
-        return min(max(self._sum / max(self._weight, TINY), 0.0), WORST)
+        found = self._sum / max(self._weight, TINY)
+        return WORST if math.isnan(found) else min(max(found, 0.0), WORST)

@@ -58,7 +58,7 @@ class SavedPlan:
             if path.stat().st_size > LARGEST:
                 raise RecipeError(f"{path} is larger than {LARGEST} bytes: no plan")
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RecipeError(f"cannot read the plan {path}: {error}") from None
         if not isinstance(data, dict) or target not in data:
             known = sorted(data) if isinstance(data, dict) else []

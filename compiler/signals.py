@@ -244,6 +244,11 @@ def _floats(value: ir.Value) -> Floats:
         return np.array(array, np.float32)
 
 
+def predicts(signal: str) -> bool:
+    """Whether a signal predicts losses; the others only order."""
+    return signal not in ("lim", "zd", "kurtosis")
+
+
 def needs_data(signal: Signal) -> bool:
     """Whether a signal runs the model over feeds."""
     return signal in ("lim", "activation-weighted", "fisher", "measured")

@@ -29,12 +29,12 @@ from ..compiler.choices import Activations as Kernels
 from ..compiler.choices import Choice, Open, open_weights
 from ..compiler.contract import Context, Decision, Pass, silent
 from ..compiler.errors import RecipeError
-from ..compiler.graph import is_standard, readers_of, values, weights_of
+from ..compiler.graph import Weight, is_standard, readers_of, values, weights_of
 from ..compiler.losses import kind_of
 from ..compiler.picks import Pick, Picks
 from ..compiler.rounding import Clip
 from ..compiler.shapes import operand_shapes
-from ..compiler.signals import Signal
+from ..compiler.signals import Signal, predicts
 from ..compiler.trial import Reference
 from .insert_qdq import InsertQdq
 from .lower_embeddings import LowerEmbeddings
@@ -89,7 +89,7 @@ class AssignBits(Pass):
         """Write the plan; return how many values have a decision."""
         before = notes.plan(model)
         kept = self._kept(model)
-        wanted: dict[str, str] = {}
+        wanted: dict[str, notes.Note] = {}
         if self.method == "plan":
             wanted = _forget_activations(model)
             taken, decision = picks.obeyed(model, context.capability), Decision("plan", 0.0)
@@ -173,7 +173,7 @@ class AssignBits(Pass):
     ) -> selection.Found:
         """Choose by the program or the order; measure the whole where there are feeds."""
         if self.method == "greedy":
-            order = selection.order_of(weights, self.signal)
+            order = selection.order_of(weights, self._followed(weights))
             chosen = greedy(items, order, sorted(self.widths, reverse=True), limits)
         else:
             chosen = solve(items, self.goal, limits)
@@ -225,11 +225,10 @@ class AssignBits(Pass):
         timed: bool,
     ) -> Decision:
         """Return the record of how the plan was chosen."""
-        leading = [*(notes.read(weights[0].value).importance or {})] if weights else []
         return Decision(
             method=self.method,
             average_bits=0.0,
-            signal=self.signal or (leading[0] if leading else None),
+            signal=self._followed(weights),
             loss_kind=kind_of(model),
             predicted_loss=found.predicted["loss"],
             measured_loss=found.measured,
@@ -239,48 +238,104 @@ class AssignBits(Pass):
             predicted_seconds=found.predicted["seconds"] if timed else None,
         )
 
+    def _followed(self, weights: Sequence[Open]) -> str | None:
+        """Return the signal whose order or losses are followed: the first that can be."""
+        if self.method == "greedy" and self.signal is not None:
+            return self.signal
+        # Of a signal that ranks blocks alone, a weight outside of them knows nothing.
+        every = [list(notes.read(one.value).importance or {}) for one in weights]
+        known = max(every, key=len, default=[])
+        return next((s for s in known if self.method == "greedy" or predicts(s)), None)
+
     def _write(
         self,
         model: ir.Model,
         context: Context,
         taken: Picks,
         kept: frozenset[str],
-        wanted: Mapping[str, str],
+        wanted: Mapping[str, notes.Note],
     ) -> None:
         """Write weights first, then the integer regions that follow from them."""
         reasons = dict.fromkeys(kept, "kept as asked")
         bits: dict[str, int] = {}
         for value in weights_of(model):
+            readers = readers_of(value)
             pick = taken.get(str(value.name))
+            if pick is None and self.widths:
+                pick = _closed(readers, kept)
             if pick is None:
+                bits[str(value.name)] = self.weights
                 continue
             picks.write(value, pick)
             if pick.choice.format is not None:
                 bits[str(value.name)] = pick.choice.format.bits
-            if pick.choice.activation == "float":
-                plain = "chosen" if pick.choice.format is None else f"it reads {pick.choice}"
-                for reader in readers_of(value):
+            if pick.choice.activation != "float":
+                continue
+            plain = "chosen" if pick.choice.format is None else f"it reads {pick.choice}"
+            for reader in readers:
+                # A lookup has no kernel of its own to choose.
+                if pick.choice.format is None or not is_standard(reader.node, "Gather"):
                     reasons.setdefault(str(reader.node.name), plain)
         for name, pick in taken.items():
             if "two different axes" in pick.why:
                 context.remark(self, name, pick.why)
-        if self.activations == "float":
-            return
+        integer = any(pick.choice.activation != "float" for pick in taken.values())
+        if self.activations == "float" or (self.method == "plan" and not integer and not wanted):
+            return  # weights only
         found = regions.find(model, context.capability, bits, reasons)
         mode = "auto" if self.activations == "any" else self.activations
-        Activations(mode, self.floor_db, wanted).write(self, model, found, context)
+        modes = {
+            name: str(note.mode)
+            for name, note in wanted.items()
+            if note.mode != "float" or not _without_form(name, found, context)
+        }
+        Activations(mode, self.floor_db, modes).write(self, model, found, context)
+        _keep_words(model, wanted)
 
 
-def _forget_activations(model: ir.Model) -> dict[str, str]:
-    """Return the mode that a plan gives each activation, and take it off, to be decided anew."""
+def _closed(readers: Sequence[Weight], kept: frozenset[str]) -> Pick:
+    """Return the float form of a weight that is not open, with the reason."""
+    node = readers[0].node
+    if all(str(reader.node.name) in kept for reader in readers):
+        return Pick(Choice(), f"{node.op_type}: kept as asked")
+    return Pick(Choice(), f"{node.op_type}: no legal form of the widths asked for")
+
+
+def _forget_activations(model: ir.Model) -> dict[str, notes.Note]:
+    """Return what a plan says of each activation, and take it off, to be decided anew."""
     weights = {id(value) for value in weights_of(model)}
     wanted = {}
     for value in values(model):
         note = notes.read(value)
         if id(value) not in weights and note.mode is not None:
-            wanted[str(value.name)] = str(note.mode)
+            wanted[str(value.name)] = note
             notes.write(value, format=None, mode=None, shares=None, why=None)
     return wanted
+
+
+def _without_form(name: str, found: regions.Regions, context: Context) -> bool:
+    """Whether a value has no range, and a kernel beside it takes none at run time."""
+    value = found.quantized.get(name)
+    if value is None or notes.read(value).low is not None:
+        return False
+    kernels = [use.node.op_type for use in value.uses() if found.runs(use.node)]
+    rows = [row for op_type in kernels for row in context.capability.rows_of(op_type)]
+    at_run_time = bool(rows) and all(row.dynamic for row in rows)
+    return name in found.codes or found.root(name) != name or not at_run_time
+
+
+def _keep_words(model: ir.Model, wanted: Mapping[str, notes.Note]) -> None:
+    """Give an activation that became what its plan says the plan's reason, where that still fits.
+
+    Why a range is taken at run time, or why a node stays float, may lie in what the plan's own
+    recipe asked for.
+    """
+    for value in values(model):
+        old, new = wanted.get(str(value.name)), notes.read(value)
+        if old is None or old.why is None or old.mode != new.mode:
+            continue
+        if old.mode == "float" or (old.mode == "dynamic" and "at run time" in old.why):
+            notes.write(value, why=old.why)
 
 
 def _ties(model: ir.Model) -> dict[str, str]:
