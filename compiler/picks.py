@@ -11,7 +11,7 @@ from . import notes
 from .capability import Capability
 from .choices import Activations, Choice, allowed, legal_choices
 from .contract import Decision
-from .costs import Cost
+from .costs import Cost, Workload, stored_bytes
 from .errors import RecipeError
 from .formats import Format
 from .graph import Weight, readers_of, weights_of
@@ -90,16 +90,30 @@ def obeyed(model: ir.Model, capability: Capability) -> Picks:
                     "or float"
                 )
             continue
+        if note.mode == "dynamic" or (note.mode == "static" and note.format is None):
+            raise RecipeError(
+                f"plan: weight {value.name!r} is {note.mode} with format {note.format}; give it "
+                "static with a format, or float"
+            )
         choice = Choice() if note.mode == "float" else Choice(note.format, _beside(note, legal))
         if not any(_same_form(choice, other) for other in legal):
             raise RecipeError(
                 f"plan: weight {value.name!r} cannot be {choice} on "
                 f"{capability.name}; legal: {', '.join(map(str, legal))}"
             )
-        cost = Cost(note.bytes or 0, note.seconds, note.cost_source)  # type: ignore[arg-type]
-        why = note.why or "by the plan"
-        picks[str(value.name)] = Pick(choice, why, note.loss, cost)
+        picks[str(value.name)] = _from_note(value, note, choice)
     return picks
+
+
+def _from_note(value: ir.Value, note: notes.Note, choice: Choice) -> Pick:
+    """Return the pick with its figures; those of another form than the note's are worked out."""
+    losses = note.losses or {}
+    loss = 0.0 if choice.format is None else losses.get(str(choice))
+    if note.loss is None or loss is None or loss == note.loss:
+        cost = Cost(note.bytes or 0, note.seconds, note.cost_source)  # type: ignore[arg-type]
+        return Pick(choice, note.why or "by the plan", note.loss, cost)
+    work = Workload.of(readers_of(value)[0], ())
+    return Pick(choice, "edited in the plan", loss, Cost(stored_bytes(work, choice)))
 
 
 def write(value: ir.Value, pick: Pick) -> None:
@@ -126,12 +140,13 @@ def _beside(note: notes.Note, legal: Sequence[Choice]) -> str:
     return fitting[0].activation if fitting else "float"
 
 
-def _same_form(first: Choice, second: Choice) -> bool:
-    """Whether two choices differ in the used bits of a container at most."""
-    if first.format is None or second.format is None:
-        return first.format is second.format
-    same = replace(first.format, bits=second.format.bits) if first.bits == second.bits else None
-    return same == second.format and first.activation == second.activation
+def _same_form(asked: Choice, legal: Choice) -> bool:
+    """Whether a choice is a legal one, or uses fewer bits of its container at most."""
+    if asked.format is None or legal.format is None:
+        return asked.format is legal.format
+    used = min(asked.format.bits, legal.format.bits)
+    fewer = replace(legal.format, bits=used)
+    return asked.format == fewer and asked.activation == legal.activation
 
 
 def told(model: ir.Model, picks: Picks, decision: Decision) -> Decision:

@@ -16,6 +16,7 @@ from .contract import Context
 from .costs import Cost, Source, Workload, stored_bytes
 from .errors import BudgetError, RecipeError, UnsupportedError
 
+WORTH = 0.98  # of the measured loss; what is gained above would not last on other samples
 TRUSTED = 1.25  # measured over predicted loss up to which losses are taken to have added up
 
 BY_BLOCK = ("lim", "zd")
@@ -86,6 +87,7 @@ def items_of(
     ties: Mapping[str, str],
     timed: bool,
     machine: str,
+    predicted: bool = True,
 ) -> list[Item]:
     """Return an item for every weight.
 
@@ -95,6 +97,7 @@ def items_of(
         ties: Weight -> name of the group that must have one form.
         timed: Whether time is asked for.
         machine: What to call the target in a message.
+        predicted: Whether every form needs a predicted loss; else it is 0 where there is none.
 
     Raises:
         RecipeError: A weight has no predicted losses.
@@ -102,11 +105,11 @@ def items_of(
     """
     items = []
     for one in weights:
-        predicted = notes.read(one.value).losses or {}
+        losses = notes.read(one.value).losses or {}
         options = []
         for choice in one.choices:
-            loss = 0.0 if choice.format is None else predicted.get(str(choice))
-            if loss is None:
+            loss = 0.0 if choice.format is None else losses.get(str(choice))
+            if loss is None and predicted:
                 raise RecipeError(
                     f"assign-bits: no predicted loss for {one.name!r} as {choice}; run "
                     "rank-weights before, with the same widths and activations and a signal that "
@@ -119,7 +122,9 @@ def items_of(
                     "`fourfold profile MODEL` on the machine that will run it"
                 )
             seconds = cost.seconds if timed else None
-            options.append(Option(str(choice), choice.bits, loss, cost.bytes, seconds or 0.0))
+            options.append(
+                Option(str(choice), choice.bits, loss or 0.0, cost.bytes, seconds or 0.0)
+            )
         items.append(Item(one.name, one.elements, tuple(options), ties.get(one.name)))
     return items
 
@@ -196,7 +201,8 @@ def repaired(
 
     An exchange raises one weight to its next better form and lets the integer program choose all
     others anew; it stays when the measured loss falls. Weights with the largest predicted loss
-    are tried first. A limit on the loss is held to by what was measured.
+    are tried first. A limit on the loss is held to by what was measured. Where bytes or seconds
+    are made small and the loss has no limit, nothing is repaired: it would cost what was asked.
 
     Args:
         items: The weights.
@@ -210,13 +216,13 @@ def repaired(
     used, repairs = 1, []
     if limits.loss is not None:
         chosen, best, used = _within_loss(items, goal, limits, chosen, best, measure, trials)
-    elif best > TRUSTED * totals(items, chosen)["loss"]:
+    elif goal == "loss" and best > TRUSTED * totals(items, chosen)["loss"]:
         pinned: dict[str, int] = {}
         while used < trials and (step := _exchange(items, goal, limits, chosen, pinned)):
             name, index, trial = step
             used += 1
             loss = measure(trial)
-            if loss < best:
+            if loss < WORTH * best:
                 repairs.append(f"{name} raised: loss {best:.4g} -> {loss:.4g}")
                 chosen, best = trial, loss
                 pinned[name] = index
@@ -259,7 +265,13 @@ def _within_loss(
     allowed, used = limits.loss, 1
     while loss > limits.loss and used < trials:
         allowed *= 0.9 * limits.loss / loss
-        chosen = solve(items, goal, replace(limits, loss=allowed))
+        try:
+            trial = solve(items, goal, replace(limits, loss=allowed))
+        except BudgetError:  # nothing is predicted to be so near: what comes nearest is the last
+            trial = solve(items, "loss", replace(limits, loss=None))
+            if trial == chosen:
+                break
+        chosen = trial
         loss = measure(chosen)
         used += 1
     if loss > limits.loss:

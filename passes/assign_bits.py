@@ -14,7 +14,7 @@ legal is the target's to say; this pass never edits the graph.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -23,13 +23,14 @@ from pydantic import Field
 
 from ..compiler import notes, picks, regions, selection
 from ..compiler.activations import Activations
-from ..compiler.allocate import Chosen, Goal, Item, Limits, greedy, solve, totals
+from ..compiler.allocate import Chosen, Goal, Item, Limits, solve, totals
 from ..compiler.blocks import attention_groups
 from ..compiler.choices import Activations as Kernels
 from ..compiler.choices import Choice, Open, open_weights
 from ..compiler.contract import Context, Decision, Pass, silent
-from ..compiler.errors import RecipeError
+from ..compiler.errors import BudgetError, RecipeError
 from ..compiler.graph import Weight, is_standard, readers_of, values, weights_of
+from ..compiler.greedy import greedy
 from ..compiler.losses import kind_of
 from ..compiler.picks import Pick, Picks
 from ..compiler.rounding import Clip
@@ -85,6 +86,17 @@ class AssignBits(Pass):
     keep: tuple[str, ...] = ()
     embeddings: bool = True
 
+    def requires(self, model: ir.Model, context: Context) -> Iterable[str]:
+        """Ask for an opset that stores the narrowest of several widths."""
+        bits = min(self.widths, default=32)
+        least = context.capability.packed.get(f"int{bits}", 0)
+        opset = int(model.graph.opset_imports.get("", 0))
+        if opset < least:
+            yield (
+                f"a weight of {bits} bits takes opset {least}, and the model has {opset}; put "
+                f"tidy{{opset={least}}} before"
+            )
+
     def run(self, model: ir.Model, context: Context) -> int:
         """Write the plan; return how many values have a decision."""
         before = notes.plan(model)
@@ -92,7 +104,7 @@ class AssignBits(Pass):
         wanted: dict[str, notes.Note] = {}
         if self.method == "plan":
             wanted = _forget_activations(model)
-            taken, decision = picks.obeyed(model, context.capability), Decision("plan", 0.0)
+            taken, decision = _obeyed(model, context), Decision("plan", 0.0)
         elif self.widths:
             taken, decision = self._chosen(model, context, kept)
         else:
@@ -140,7 +152,8 @@ class AssignBits(Pass):
         shapes = operand_shapes(model, weights, context) if context.cost is not None else {}
         forms = selection.forms_of(weights, context, shapes)
         ties = _ties(model) if context.capability.ties_attention else {}
-        items = selection.items_of(weights, forms, ties, timed, context.capability.name)
+        machine, exact = context.capability.name, self.method == "milp"
+        items = selection.items_of(weights, forms, ties, timed, machine, predicted=exact)
         if timed:
             # An embedding's lookup takes microseconds in any form, and its table is half a file.
             floats = {
@@ -152,14 +165,17 @@ class AssignBits(Pass):
             items, dropped = selection.without_slow(items, floats)
             for name, choice in dropped:
                 context.remark(self, name, f"{choice} is slower than float in this shape")
+        items = _agreed(items)
         limits = Limits(self.average_bits, self.max_bytes, self.max_seconds, self.max_loss)
         found = self._solved(model, context, weights, items, limits, kept)
         taken: Picks = {}
-        for item, index in zip(items, found.chosen, strict=True):
+        for one, item, index in zip(weights, items, found.chosen, strict=True):
             option = item.options[index]
             cost = forms[item.name][option.choice]
             why = self._reason(item, index)
-            taken[item.name] = Pick(Choice.parse(option.choice), why, option.loss, cost)
+            known = notes.read(one.value).losses is not None
+            loss = option.loss if known else None
+            taken[item.name] = Pick(Choice.parse(option.choice), why, loss, cost)
         return taken, self._decision(model, context, weights, found, timed)
 
     def _solved(
@@ -173,7 +189,7 @@ class AssignBits(Pass):
     ) -> selection.Found:
         """Choose by the program or the order; measure the whole where there are feeds."""
         if self.method == "greedy":
-            order = selection.order_of(weights, self._followed(weights))
+            order = _together(selection.order_of(weights, self._followed(weights)), items)
             chosen = greedy(items, order, sorted(self.widths, reverse=True), limits)
         else:
             chosen = solve(items, self.goal, limits)
@@ -225,12 +241,13 @@ class AssignBits(Pass):
         timed: bool,
     ) -> Decision:
         """Return the record of how the plan was chosen."""
+        known = all(notes.read(one.value).losses is not None for one in weights)
         return Decision(
             method=self.method,
             average_bits=0.0,
             signal=self._followed(weights),
             loss_kind=kind_of(model),
-            predicted_loss=found.predicted["loss"],
+            predicted_loss=found.predicted["loss"] if known else None,
             measured_loss=found.measured,
             first_loss=found.first,
             repairs=found.repairs,
@@ -293,6 +310,26 @@ class AssignBits(Pass):
         _keep_words(model, wanted)
 
 
+def _obeyed(model: ir.Model, context: Context) -> Picks:
+    """Return what a plan says of the weights.
+
+    Raises:
+        RecipeError: A weight's form is not legal, or the model's opset cannot store it.
+    """
+    taken = picks.obeyed(model, context.capability)
+    opset = int(model.graph.opset_imports.get("", 0))
+    for name, pick in taken.items():
+        dtype = pick.choice.format.dtype if pick.choice.format is not None else ""
+        least = context.capability.packed.get(dtype, 0)
+        if opset < least:
+            raise RecipeError(
+                f"plan: weight {name!r} cannot be stored in {dtype}: it takes opset {least}, and "
+                f"the plan's passes lead to {opset}; write tidy{{opset={least}}} where the plan "
+                "says `before`"
+            )
+    return taken
+
+
 def _closed(readers: Sequence[Weight], kept: frozenset[str]) -> Pick:
     """Return the float form of a weight that is not open, with the reason."""
     node = readers[0].node
@@ -336,6 +373,46 @@ def _keep_words(model: ir.Model, wanted: Mapping[str, notes.Note]) -> None:
             continue
         if old.mode == "float" or (old.mode == "dynamic" and "at run time" in old.why):
             notes.write(value, why=old.why)
+
+
+def _agreed(items: Sequence[Item]) -> list[Item]:
+    """Leave tied weights the forms that all of them have.
+
+    Raises:
+        BudgetError: There is none.
+    """
+    common: dict[str | None, set[str]] = {}
+    for item in items:
+        mine = {option.choice for option in item.options}
+        common[item.tie] = common.get(item.tie, mine) & mine
+    agreed = []
+    for item in items:
+        allowed = common[item.tie]
+        if item.tie is not None and not allowed:
+            raise BudgetError(
+                f"{item.name!r} must have one form with the rest of {item.tie}, and no form that "
+                "all of them have is as fast as float; add 32 to the widths, so that they may "
+                "stay float"
+            )
+        kept = [o for o in item.options if item.tie is None or o.choice in allowed]
+        agreed.append(replace(item, options=tuple(kept)))
+    return agreed
+
+
+def _together(order: Sequence[Sequence[str]], items: Sequence[Item]) -> list[list[str]]:
+    """Let tied weights move as one, at the place of the most important of them."""
+    ranked = {name for group in order for name in group}
+    tied: dict[str, list[str]] = {}
+    for item in items:
+        mates = [o.name for o in items if o is item or (o.tie is not None and o.tie == item.tie)]
+        tied[item.name] = mates if ranked.issuperset(mates) else []
+    done: set[str] = set()
+    groups = []
+    for group in reversed(order):
+        whole = dict.fromkeys(mate for name in group for mate in tied[name] if mate not in done)
+        done |= set(whole)
+        groups.append(list(whole))
+    return groups[::-1]
 
 
 def _ties(model: ir.Model) -> dict[str, str]:

@@ -62,8 +62,9 @@ class RankWeights(Pass):
             )
 
     def run(self, model: ir.Model, context: Context) -> int:
-        """Write notes; return how many weights got one."""
+        """Write notes; return how many weights have a new one."""
         weights = open_weights(model, context.capability, self.widths, self.activations)
+        before = {one.name: notes.read(one.value) for one in weights}
         homes = {one.name: one for one in weights}
         blocks = find_blocks(model)
         for block in blocks:
@@ -80,7 +81,7 @@ class RankWeights(Pass):
             }
             found = dict(leading[one.name]) if one.name in leading else None
             notes.write(one.value, importance=importance, losses=found)
-        return len(weights)
+        return sum(1 for one in weights if notes.read(one.value) != before[one.name])
 
     def _rank(  # noqa: PLR0911 - one return a signal reads best
         self, signal: Signal, model: ir.Model, weights: Sequence[Open], context: Context

@@ -264,8 +264,7 @@ def test_inspect_an_artifact(call, artifact):
     assert json.loads(out) == json.loads(Path(artifact, "report.json").read_text())
 
 
-def test_explain(call, artifact, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_explain(call, artifact):
     code, out, _ = call("explain", artifact)
     assert code == 0
     for text in ("QLinearConv 6", "uint8 per_tensor", "calibrated", "converted from opset"):

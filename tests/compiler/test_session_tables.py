@@ -415,13 +415,22 @@ def test_an_explanation_on_a_console(shown):
         'recipe tidy,assign-bits{keep=["[a]"]}',
         "value decision range importance why",
         "x uint8 per_tensor -1 .. 2.5 a [b]",
-        "conv.w int4 per_axis(0) lim -0.5, measured 0.0123",
+        "conv.w int4 per_axis(0) lim -0.5",
+        "measured 0.012",
         "hidden uint8 per_tensor dynamic",
         "conv.y float kept as asked",
         "kernels QGemm 2, Relu 1",
         "ran in float: conv[1]: no integer [form]",
         "tidy: conv[1]: because [b]",
     ]
+
+
+def test_one_signal_needs_no_column_of_its_own(shown):
+    plan = {**PLAN, "conv.w": {**PLAN["conv.w"], "importance": {"measured": 0.5}}}
+    text = shown(tables.print_explanation, tables.explanation(plan, target_report(), ""))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[2] == "value decision range why"
+    assert lines[4] == "conv.w int4 per_axis(0)"
 
 
 def test_facts_of_a_model(written, shown):

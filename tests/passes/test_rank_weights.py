@@ -271,10 +271,11 @@ def test_a_second_run_changes_nothing(zoo, ready):
     model = zoo["attention"]()
     context = ready(model)
     one = RankWeights(signals=QUICK)
-    one.run(model, context)
+    assert one.run(model, context) == 6
     first = notes.plan(model)
-    one.run(model, context)
+    assert one.run(model, context) == 0
     assert notes.plan(model) == first
+    assert RankWeights(signals=("zd",)).run(model, context) == 6
 
 
 def test_notes_live_through_the_runner_and_a_file(zoo, ready, tmp_path):
