@@ -47,6 +47,7 @@ SIGNALS = (
 PAIRS = ((8, 4), (4, 2))
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 RANDOM = 10
+KEYS = ("metric", "sqnr_db")
 
 Group = tuple[str, ...]
 
@@ -222,6 +223,34 @@ def table(task_name: str, records: list[dict[str, object]]) -> Iterator[str]:
                 yield f"  {name:20} {mine:9.2f} {'':8} {decibels:7.2f} dB  better than {beaten}/10"
 
 
+def summary(out: Path, unit: str) -> Iterator[str]:
+    """Yield a Markdown table over all tasks: means of metric and SQNR, random orders beaten."""
+    found = {t: json.loads(p.read_text()) for t in TASKS if (p := out / f"{t}.json").is_file()}
+    heads = [(t, pair) for t in found for pair in PAIRS]
+    yield "| order | " + " | ".join(f"{t} {a} to {b}" for t, (a, b) in heads) + " |"
+    yield "|---" * (len(heads) + 1) + "|"
+    cells: dict[str, list[str]] = {name: [] for name in ("random", *SIGNALS)}
+    for task_name, pair in heads:
+        part = [r for r in found[task_name] if r["unit"] == unit and r["pair"] == list(pair)]
+        means = {
+            name: [float(np.mean([r[k] for r in part if r["order"] == name])) for k in KEYS]
+            for name in dict.fromkeys(r["order"] for r in part)
+        }
+        randoms = np.array([v for n, v in means.items() if n.startswith("random")])
+        (metric, decibels), (off, away) = randoms.mean(0), randoms.std(0)
+        cells["random"].append(f"{metric:.2f} +- {off:.2f}, {decibels:.1f} +- {away:.1f} dB")
+        for name in SIGNALS:
+            if name not in means:
+                cells[name].append("")
+                continue
+            metric, decibels = means[name]
+            beaten = int((decibels > randoms[:, 1]).sum())
+            cells[name].append(f"{metric:.2f}, {decibels:.1f} dB, {beaten}/10")
+    for name, row in cells.items():
+        if any(row):
+            yield f"| {name} | " + " | ".join(row) + " |"
+
+
 def plot(task_name: str, records: list[dict[str, object]], path: Path) -> None:
     """Draw the metric over the share, one panel for each granularity and pair."""
     import matplotlib as mpl
@@ -261,7 +290,15 @@ def main() -> None:
     )
     parser.add_argument("--task", action="append", choices=TASKS)
     parser.add_argument("--out", type=Path, default=Path("build/importance"))
+    parser.add_argument(
+        "--summary", action="store_true", help="print what --out holds, run nothing"
+    )
     chosen = parser.parse_args()
+    if chosen.summary:
+        for unit in ("tensor", "block"):
+            print(f"\nby {unit}\n")
+            print("\n".join(summary(chosen.out, unit)))
+        return
     chosen.out.mkdir(parents=True, exist_ok=True)
     for name in chosen.task or TASKS:
         with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ from . import notes, regions
 from .contract import Context, Pass
 from .errors import RecipeError
 from .formats import Format
-from .graph import activations_of, weight_of
+from .graph import activations_of, values, weight_of, weights_of
 
 
 @dataclass(frozen=True)
@@ -159,3 +159,40 @@ def _readers_take_dynamic(value: ir.Value, found: regions.Regions, context: Cont
         weight_of(node) is not None and len(activations_of(node)) == 1 for node in readers
     )
     return bool(rows) and weighted and all(row.dynamic for row in rows)
+
+
+def forgotten(model: ir.Model) -> dict[str, notes.Note]:
+    """Return what a plan says of each activation, and take it off, to be decided anew."""
+    weights = {id(value) for value in weights_of(model)}
+    wanted = {}
+    for value in values(model):
+        note = notes.read(value)
+        if id(value) not in weights and note.mode is not None:
+            wanted[str(value.name)] = note
+            notes.write(value, format=None, mode=None, shares=None, why=None)
+    return wanted
+
+
+def without_form(name: str, found: regions.Regions, context: Context) -> bool:
+    """Whether a value has no range, and a kernel beside it takes none at run time."""
+    value = found.quantized.get(name)
+    if value is None or notes.read(value).low is not None:
+        return False
+    kernels = [use.node.op_type for use in value.uses() if found.runs(use.node)]
+    rows = [row for op_type in kernels for row in context.capability.rows_of(op_type)]
+    at_run_time = bool(rows) and all(row.dynamic for row in rows)
+    return name in found.codes or found.root(name) != name or not at_run_time
+
+
+def keep_words(model: ir.Model, wanted: Mapping[str, notes.Note]) -> None:
+    """Give an activation that became what its plan says the plan's reason, where that still fits.
+
+    Why a range is taken at run time, or why a node stays float, may lie in what the plan's own
+    recipe asked for.
+    """
+    for value in values(model):
+        old, new = wanted.get(str(value.name)), notes.read(value)
+        if old is None or old.why is None or old.mode != new.mode:
+            continue
+        if old.mode == "float" or (old.mode == "dynamic" and "at run time" in old.why):
+            notes.write(value, why=old.why)

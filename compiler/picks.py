@@ -116,6 +116,34 @@ def _from_note(value: ir.Value, note: notes.Note, choice: Choice) -> Pick:
     return Pick(choice, "edited in the plan", loss, Cost(stored_bytes(work, choice)))
 
 
+def stored(model: ir.Model, capability: Capability) -> Picks:
+    """Return what a plan says of the weights.
+
+    Raises:
+        RecipeError: A weight's form is not legal, or the model's opset cannot store it.
+    """
+    taken = obeyed(model, capability)
+    opset = int(model.graph.opset_imports.get("", 0))
+    for name, pick in taken.items():
+        dtype = pick.choice.format.dtype if pick.choice.format is not None else ""
+        least = capability.packed.get(dtype, 0)
+        if opset < least:
+            raise RecipeError(
+                f"plan: weight {name!r} cannot be stored in {dtype}: it takes opset {least}, and "
+                f"the plan's passes lead to {opset}; write tidy{{opset={least}}} where the plan "
+                "says `before`"
+            )
+    return taken
+
+
+def closed(readers: Sequence[Weight], kept: frozenset[str]) -> Pick:
+    """Return the float form of a weight that is not open, with the reason."""
+    node = readers[0].node
+    if all(str(reader.node.name) in kept for reader in readers):
+        return Pick(Choice(), f"{node.op_type}: kept as asked")
+    return Pick(Choice(), f"{node.op_type}: no legal form of the widths asked for")
+
+
 def write(value: ir.Value, pick: Pick) -> None:
     """Write one weight's note."""
     cost = pick.cost or Cost(0)

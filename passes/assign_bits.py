@@ -22,20 +22,20 @@ import onnx_ir as ir
 from pydantic import Field
 
 from ..compiler import notes, picks, regions, selection
-from ..compiler.activations import Activations
+from ..compiler.activations import Activations, forgotten, keep_words, without_form
 from ..compiler.allocate import Chosen, Goal, Item, Limits, solve, totals
-from ..compiler.blocks import attention_groups
 from ..compiler.choices import Activations as Kernels
 from ..compiler.choices import Choice, Open, open_weights
 from ..compiler.contract import Context, Decision, Pass, silent
-from ..compiler.errors import BudgetError, RecipeError
-from ..compiler.graph import Weight, is_standard, readers_of, values, weights_of
+from ..compiler.errors import RecipeError
+from ..compiler.graph import is_standard, readers_of, weights_of
 from ..compiler.greedy import greedy
 from ..compiler.losses import kind_of
 from ..compiler.picks import Pick, Picks
 from ..compiler.rounding import Clip
 from ..compiler.shapes import operand_shapes
 from ..compiler.signals import Signal, predicts
+from ..compiler.ties import agreed, ties_of, together
 from ..compiler.trial import Reference
 from .insert_qdq import InsertQdq
 from .lower_embeddings import LowerEmbeddings
@@ -103,8 +103,8 @@ class AssignBits(Pass):
         kept = self._kept(model)
         wanted: dict[str, notes.Note] = {}
         if self.method == "plan":
-            wanted = _forget_activations(model)
-            taken, decision = _obeyed(model, context), Decision("plan", 0.0)
+            wanted = forgotten(model)
+            taken, decision = picks.stored(model, context.capability), Decision("plan", 0.0)
         elif self.widths:
             taken, decision = self._chosen(model, context, kept)
         else:
@@ -151,7 +151,7 @@ class AssignBits(Pass):
         timed = self.max_seconds is not None or self.goal == "seconds"
         shapes = operand_shapes(model, weights, context) if context.cost is not None else {}
         forms = selection.forms_of(weights, context, shapes)
-        ties = _ties(model) if context.capability.ties_attention else {}
+        ties = ties_of(model) if context.capability.ties_attention else {}
         machine, exact = context.capability.name, self.method == "milp"
         items = selection.items_of(weights, forms, ties, timed, machine, predicted=exact)
         if timed:
@@ -165,7 +165,7 @@ class AssignBits(Pass):
             items, dropped = selection.without_slow(items, floats)
             for name, choice in dropped:
                 context.remark(self, name, f"{choice} is slower than float in this shape")
-        items = _agreed(items)
+        items = agreed(items)
         limits = Limits(self.average_bits, self.max_bytes, self.max_seconds, self.max_loss)
         found = self._solved(model, context, weights, items, limits, kept)
         taken: Picks = {}
@@ -189,7 +189,7 @@ class AssignBits(Pass):
     ) -> selection.Found:
         """Choose by the program or the order; measure the whole where there are feeds."""
         if self.method == "greedy":
-            order = _together(selection.order_of(weights, self._followed(weights)), items)
+            order = together(selection.order_of(weights, self._followed(weights)), items)
             chosen = greedy(items, order, sorted(self.widths, reverse=True), limits)
         else:
             chosen = solve(items, self.goal, limits)
@@ -279,7 +279,7 @@ class AssignBits(Pass):
             readers = readers_of(value)
             pick = taken.get(str(value.name))
             if pick is None and self.widths:
-                pick = _closed(readers, kept)
+                pick = picks.closed(readers, kept)
             if pick is None:
                 bits[str(value.name)] = self.weights
                 continue
@@ -304,118 +304,7 @@ class AssignBits(Pass):
         modes = {
             name: str(note.mode)
             for name, note in wanted.items()
-            if note.mode != "float" or not _without_form(name, found, context)
+            if note.mode != "float" or not without_form(name, found, context)
         }
         Activations(mode, self.floor_db, modes).write(self, model, found, context)
-        _keep_words(model, wanted)
-
-
-def _obeyed(model: ir.Model, context: Context) -> Picks:
-    """Return what a plan says of the weights.
-
-    Raises:
-        RecipeError: A weight's form is not legal, or the model's opset cannot store it.
-    """
-    taken = picks.obeyed(model, context.capability)
-    opset = int(model.graph.opset_imports.get("", 0))
-    for name, pick in taken.items():
-        dtype = pick.choice.format.dtype if pick.choice.format is not None else ""
-        least = context.capability.packed.get(dtype, 0)
-        if opset < least:
-            raise RecipeError(
-                f"plan: weight {name!r} cannot be stored in {dtype}: it takes opset {least}, and "
-                f"the plan's passes lead to {opset}; write tidy{{opset={least}}} where the plan "
-                "says `before`"
-            )
-    return taken
-
-
-def _closed(readers: Sequence[Weight], kept: frozenset[str]) -> Pick:
-    """Return the float form of a weight that is not open, with the reason."""
-    node = readers[0].node
-    if all(str(reader.node.name) in kept for reader in readers):
-        return Pick(Choice(), f"{node.op_type}: kept as asked")
-    return Pick(Choice(), f"{node.op_type}: no legal form of the widths asked for")
-
-
-def _forget_activations(model: ir.Model) -> dict[str, notes.Note]:
-    """Return what a plan says of each activation, and take it off, to be decided anew."""
-    weights = {id(value) for value in weights_of(model)}
-    wanted = {}
-    for value in values(model):
-        note = notes.read(value)
-        if id(value) not in weights and note.mode is not None:
-            wanted[str(value.name)] = note
-            notes.write(value, format=None, mode=None, shares=None, why=None)
-    return wanted
-
-
-def _without_form(name: str, found: regions.Regions, context: Context) -> bool:
-    """Whether a value has no range, and a kernel beside it takes none at run time."""
-    value = found.quantized.get(name)
-    if value is None or notes.read(value).low is not None:
-        return False
-    kernels = [use.node.op_type for use in value.uses() if found.runs(use.node)]
-    rows = [row for op_type in kernels for row in context.capability.rows_of(op_type)]
-    at_run_time = bool(rows) and all(row.dynamic for row in rows)
-    return name in found.codes or found.root(name) != name or not at_run_time
-
-
-def _keep_words(model: ir.Model, wanted: Mapping[str, notes.Note]) -> None:
-    """Give an activation that became what its plan says the plan's reason, where that still fits.
-
-    Why a range is taken at run time, or why a node stays float, may lie in what the plan's own
-    recipe asked for.
-    """
-    for value in values(model):
-        old, new = wanted.get(str(value.name)), notes.read(value)
-        if old is None or old.why is None or old.mode != new.mode:
-            continue
-        if old.mode == "float" or (old.mode == "dynamic" and "at run time" in old.why):
-            notes.write(value, why=old.why)
-
-
-def _agreed(items: Sequence[Item]) -> list[Item]:
-    """Leave tied weights the forms that all of them have.
-
-    Raises:
-        BudgetError: There is none.
-    """
-    common: dict[str | None, set[str]] = {}
-    for item in items:
-        mine = {option.choice for option in item.options}
-        common[item.tie] = common.get(item.tie, mine) & mine
-    agreed = []
-    for item in items:
-        allowed = common[item.tie]
-        if item.tie is not None and not allowed:
-            raise BudgetError(
-                f"{item.name!r} must have one form with the rest of {item.tie}, and no form that "
-                "all of them have is as fast as float; add 32 to the widths, so that they may "
-                "stay float"
-            )
-        kept = [o for o in item.options if item.tie is None or o.choice in allowed]
-        agreed.append(replace(item, options=tuple(kept)))
-    return agreed
-
-
-def _together(order: Sequence[Sequence[str]], items: Sequence[Item]) -> list[list[str]]:
-    """Let tied weights move as one, at the place of the most important of them."""
-    ranked = {name for group in order for name in group}
-    tied: dict[str, list[str]] = {}
-    for item in items:
-        mates = [o.name for o in items if o is item or (o.tie is not None and o.tie == item.tie)]
-        tied[item.name] = mates if ranked.issuperset(mates) else []
-    done: set[str] = set()
-    groups = []
-    for group in reversed(order):
-        whole = dict.fromkeys(mate for name in group for mate in tied[name] if mate not in done)
-        done |= set(whole)
-        groups.append(list(whole))
-    return groups[::-1]
-
-
-def _ties(model: ir.Model) -> dict[str, str]:
-    """Return weight -> name of the attention that must have one form."""
-    groups = attention_groups(model)
-    return {name: f"attention {n}" for n, group in enumerate(groups) for name in group}
+        keep_words(model, wanted)
