@@ -50,7 +50,8 @@ class Decision:
         signal: The signal that predicted the losses, or None.
         loss_kind: `mse` (noise power over signal power of the outputs) or `kl` (nats).
         average_bits: Stored code bits per weight element, scales left out.
-        predicted_loss: Sum of the predicted losses.
+        predicted_loss: Sum of the predicted losses; None where the signal predicts no loss of the
+            outputs.
         measured_loss: Loss of the whole plan on calibration feeds, or None.
         first_loss: The same before any repair.
         repairs: Exchanges that lowered the measured loss.

@@ -188,9 +188,6 @@ def told(model: ir.Model, picks: Picks, decision: Decision) -> Decision:
     known = [pick.cost for pick in picks.values() if pick.cost and pick.cost.seconds is not None]
     sources = sorted({str(cost.source) for cost in known})
     seconds = sum(cost.seconds or 0.0 for cost in known)
-    losses = [pick.loss for pick in picks.values() if pick.loss is not None]
-    if decision.predicted_loss is None and losses:
-        decision = replace(decision, predicted_loss=sum(losses))
     return replace(
         decision,
         average_bits=bits / elements if elements else 0.0,

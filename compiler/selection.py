@@ -196,6 +196,7 @@ def repaired(
     chosen: Chosen,
     measure: Callable[[Chosen], float],
     trials: int,
+    comparable: bool = True,
 ) -> Found:
     """Measure a plan as a whole, and repair it greedily where its losses did not add up.
 
@@ -211,12 +212,14 @@ def repaired(
         chosen: The plan to begin with.
         measure: Loss of a whole plan on calibration feeds.
         trials: Plans that may be measured, at least 1.
+        comparable: Whether predicted losses are of the outputs too; those of a layer's own error
+            cannot tell whether they added up, so the plan is always tried to be repaired.
     """
     first = best = measure(chosen)
     used, repairs = 1, []
     if limits.loss is not None:
         chosen, best, used = _within_loss(items, goal, limits, chosen, best, measure, trials)
-    elif goal == "loss" and best > TRUSTED * totals(items, chosen)["loss"]:
+    elif goal == "loss" and not (comparable and best <= TRUSTED * totals(items, chosen)["loss"]):
         pinned: dict[str, int] = {}
         while used < trials and (step := _exchange(items, goal, limits, chosen, pinned)):
             name, index, trial = step

@@ -249,6 +249,11 @@ def predicts(signal: str) -> bool:
     return signal not in ("lim", "zd", "kurtosis")
 
 
+def of_outputs(signal: str | None) -> bool:
+    """Whether a signal's losses are those of the model's outputs, not of the layer alone."""
+    return signal in ("measured", "fisher")
+
+
 def needs_data(signal: Signal) -> bool:
     """Whether a signal runs the model over feeds."""
     return signal in ("lim", "activation-weighted", "fisher", "measured")

@@ -30,11 +30,11 @@ from ..compiler.contract import Context, Decision, Pass, silent
 from ..compiler.errors import RecipeError
 from ..compiler.graph import is_standard, readers_of, weights_of
 from ..compiler.greedy import greedy
-from ..compiler.losses import kind_of
+from ..compiler.losses import Kind, kind_of
 from ..compiler.picks import Pick, Picks
 from ..compiler.rounding import Clip
 from ..compiler.shapes import operand_shapes
-from ..compiler.signals import Signal, predicts
+from ..compiler.signals import Signal, of_outputs, predicts
 from ..compiler.ties import agreed, ties_of, together
 from ..compiler.trial import Reference
 from .insert_qdq import InsertQdq
@@ -60,6 +60,7 @@ class AssignBits(Pass):
         trials: Whole plans that may be measured; 0 trusts the prediction.
         samples: Calibration samples of such a measurement.
         clip: How weights are rounded for it; give `round-weights` the same.
+        loss: How outputs are compared; give `rank-weights` the same.
         activations: `auto` (static where the range is accurate, else dynamic), `static`,
             `dynamic`, `float` for weight-only, or `any` to mix kernels.
         floor_db: Expected SQNR in dB under which `auto` does not trust a static range.
@@ -81,6 +82,7 @@ class AssignBits(Pass):
     trials: int = Field(12, ge=0)
     samples: int = Field(128, ge=0)
     clip: Clip = "auto"
+    loss: Literal["auto", "mse", "kl"] = "auto"
     activations: Kernels = "auto"
     floor_db: float = 15.0
     keep: tuple[str, ...] = ()
@@ -195,7 +197,7 @@ class AssignBits(Pass):
             chosen = solve(items, self.goal, limits)
         if not self.trials or context.feeds is None or not items:
             return selection.Found(chosen, totals(items, chosen))
-        kind = kind_of(model)
+        kind = self._kind(model)
         reference = Reference(
             model, context.feeds, self.samples, kind, context.folder, context.jobs
         )
@@ -208,7 +210,10 @@ class AssignBits(Pass):
         if self.method == "greedy":
             loss = measure(chosen)
             return selection.Found(chosen, totals(items, chosen), loss, loss, (), 1)
-        return selection.repaired(items, self.goal, limits, chosen, measure, self.trials)
+        comparable = of_outputs(self._followed(weights))
+        return selection.repaired(
+            items, self.goal, limits, chosen, measure, self.trials, comparable
+        )
 
     def _rounded(
         self, model: ir.Model, context: Context, taken: Picks, kept: frozenset[str]
@@ -241,19 +246,24 @@ class AssignBits(Pass):
         timed: bool,
     ) -> Decision:
         """Return the record of how the plan was chosen."""
-        known = all(notes.read(one.value).losses is not None for one in weights)
+        signal = self._followed(weights)
+        predicted = found.predicted["loss"] if of_outputs(signal) else None
         return Decision(
             method=self.method,
             average_bits=0.0,
-            signal=self._followed(weights),
-            loss_kind=kind_of(model),
-            predicted_loss=found.predicted["loss"] if known else None,
+            signal=signal,
+            loss_kind=self._kind(model),
+            predicted_loss=predicted,
             measured_loss=found.measured,
             first_loss=found.first,
             repairs=found.repairs,
             trials=found.trials,
             predicted_seconds=found.predicted["seconds"] if timed else None,
         )
+
+    def _kind(self, model: ir.Model) -> Kind:
+        """Return how outputs are compared."""
+        return kind_of(model) if self.loss == "auto" else self.loss
 
     def _followed(self, weights: Sequence[Open]) -> str | None:
         """Return the signal whose order or losses are followed: the first that can be."""

@@ -64,6 +64,7 @@ def test_zd_counts_the_positive_tail_alone():
     assert zd([np.array([0] * 8 + [3, -3], np.float32)]) == 0.1
     assert zd([np.array([0] * 9 + [-3], np.float32)]) == 0
     assert zd([np.array([0] * 9 + [3], np.float32)]) == 0.1
+    assert zd([np.array([1, -1], np.float32)]) == 0  # one deviation is not more than one
 
 
 def test_zd_of_a_gaussian():
