@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ..compiler import constants, notes
 from ..compiler.contract import Context, Pass
 from ..compiler.formats import Format, PerAxis, PerBlock
-from ..compiler.graph import Weight, readers_of, weight_of
+from ..compiler.graph import Weight, readers_of, subgraphs, weight_of
 from ..compiler.quantizers import Codes, Floats
 from ..compiler.rounding import Clip, rounded
 from ..compiler.weights import opened
@@ -72,6 +72,17 @@ def _store(weight: Weight, codes: Codes, scale: Floats, format: Format, graph: i
     )
     output = node.outputs[0]
     notes.move(old, stored)
-    graph.insert_before(weight.node, node)
+    graph.insert_before(_first_reader(old, graph), node)
     ir.convenience.replace_all_uses_with(old, output)
     graph.initializers.pop(name)
+
+
+def _first_reader(value: ir.Value, graph: ir.Graph) -> ir.Node:
+    """Return the first node of the graph that reads a value, or whose bodies do."""
+    reads = {id(use.node) for use in value.uses()}
+    return next(
+        node
+        for node in graph
+        if id(node) in reads
+        or any(id(inner) in reads for body in subgraphs(node) for inner in body.all_nodes())
+    )

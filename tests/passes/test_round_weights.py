@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from onnx_ir.passes.common import ShapeInferencePass
 
 from fourfold.compiler import notes
 from fourfold.compiler.capability import Capability
@@ -221,3 +222,24 @@ def test_a_gemm_whose_bias_is_a_matrix(context):
     notes.apply_plan(model, {"x": planned, "w": {"format": "int8 per_axis(1)", "mode": "static"}})
     assert RoundWeights().run(model, context) == 1
     assert stored(model)[1].tolist() == [np.float32(3 / 127), np.float32(4 / 127)]
+
+
+def test_a_weight_that_another_node_reads_first_is_made_before_that(context, outputs):
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    tied (int64[2] x) => (float[2,3] y)
+    <float[3,2] table = {1, 2, 3, 4, 5, 6}> {
+        t = Transpose (table)
+        e = Gather (table, x)
+        y = MatMul (e, t)
+    }"""
+    model = ir.from_onnx_text(text)
+    for number, node in enumerate(model.graph):
+        node.name = f"n{number}"
+    ShapeInferencePass()(model)
+    table = model.graph.initializers["table"]
+    notes.write(table, format=Format("int8", PerAxis(0)), mode="static")
+    expected = outputs(model, x=np.array([0, 2]))
+    after, _ = run(Recipe((RoundWeights(),)), model, context)
+    got = outputs(after, x=np.array([0, 2]))
+    np.testing.assert_allclose(got["y"], expected["y"], rtol=0.02)
+    assert next(node.op_type for node in after.graph) == "DequantizeLinear"
