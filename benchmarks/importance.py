@@ -278,7 +278,7 @@ def plot(task_name: str, records: list[dict[str, object]], path: Path) -> None:
                 axes.set_xlabel("share moved")
                 axes.set_ylabel(measure.task_named(task_name).metric)
                 axes.grid(visible=True, alpha=0.3)
-        grid[0][0].legend(fontsize=6)
+        grid[-1][0].legend(fontsize=6)
         figure.suptitle(task_name)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
