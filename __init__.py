@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from .compiler.formats import PerBlock as PerBlock
     from .compiler.formats import PerTensor as PerTensor
     from .compiler.notes import Note as Note
+    from .compiler.profiling import profile as profile
     from .compiler.recipe import Recipe as Recipe
     from .compiler.report import Report as Report
+    from .compiler.sweep import sweep as sweep
 
 _HOMES = {
     "Artifact": "artifact",
@@ -39,6 +41,8 @@ _HOMES = {
     "Target": "contract",
     "compile": "driver",
     "export": "export",
+    "profile": "profiling",
+    "sweep": "sweep",
 }
 
 __all__ = [*_HOMES]  # noqa: PLE0604 - one list is kept, above
