@@ -91,7 +91,7 @@ class Open:
     Attributes:
         value: The float initializer.
         readers: The weight as each of its readers sees it.
-        choices: What it may become, the widest first.
+        choices: What it may become: the widest integers first, float last.
     """
 
     value: ir.Value
@@ -151,7 +151,7 @@ def _whole(choice: Choice) -> bool:
 
 
 def _fineness(choice: Choice) -> tuple[int, str]:
-    """Order by width, the widest first, then by text, so that the order is the same always."""
+    """Order by width, the widest first, then by text: the order is always the same."""
     return -choice.bits, str(choice)
 
 

@@ -110,6 +110,7 @@ def _from_note(value: ir.Value, note: notes.Note, choice: Choice) -> Pick:
     losses = note.losses or {}
     loss = 0.0 if choice.format is None else losses.get(str(choice))
     if note.loss is None or loss is None or loss == note.loss:
+        # A plan made by hand may name any source; it is only shown.
         cost = Cost(note.bytes or 0, note.seconds, note.cost_source)  # type: ignore[arg-type]
         return Pick(choice, note.why or "by the plan", note.loss, cost)
     work = Workload.of(readers_of(value)[0], ())

@@ -1,8 +1,8 @@
 """Finds the variant that keeps the budgets: bits are chosen, the variant measured, and so on.
 
 Two cases. Under budgets on size, time or average bits, the least loss: what was measured of one
-attempt says how much the weights of the next may take. Under a budget on
-the metric alone, the smallest: the average width is halved in, and each attempt is scored.
+attempt says how much the weights of the next may take. Under a budget on the metric alone, the
+smallest: the average width is halved in, and each attempt is scored.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ def _most_accurate(bench: Workbench, precision: Precision, budgets: Budgets) -> 
         # Graph, biases and what cannot be quantized take what they take: the weights get the rest.
         beside = attempt.bytes - sum(int(n.get("bytes", 0)) for n in attempt.plan.values())
         limits = replace(limits, bytes=float(max(budgets.size - beside, 1)))
-        attempt = _made_or_least(bench, precision, limits, "bytes")
+        try:
+            attempt = _made(bench, precision, limits)
+        except BudgetError:  # the smallest is the nearest
+            attempt = _least(bench, precision, limits, "bytes")
     if budgets.latency is None or _seconds(bench, attempt) <= budgets.latency:
         return attempt
     return _fast_enough(bench, precision, limits, budgets.latency)
@@ -71,7 +74,7 @@ def _fast_enough(
     limit on the kernels is halved in, between that of the fastest choice and the budget itself.
     """
     precision = precision.model_copy(update={"trials": TRIALS})
-    best = _made_or_least(bench, precision, replace(limits, seconds=1e-12), "seconds")
+    best = _least(bench, precision, limits, "seconds")
     if _seconds(bench, best) > latency or best.decision is None:
         return best
     low, high = best.decision.predicted_seconds or 0.0, latency
@@ -96,17 +99,12 @@ def _made(bench: Workbench, precision: Precision, limits: Limits) -> Attempt:
     return bench.attempt(bench.target.recipe(asked))
 
 
-def _made_or_least(
+def _least(
     bench: Workbench, precision: Precision, limits: Limits, goal: Literal["bytes", "seconds"]
 ) -> Attempt:
-    """Return the attempt under limits; where the one on `goal` cannot be kept, the least of it."""
-    try:
-        return _made(bench, precision, limits)
-    except BudgetError:
-        least = precision.model_copy(
-            update={"limits": replace(limits, **{goal: None}), "goal": goal, "trials": TRIALS}
-        )
-        return bench.attempt(bench.target.recipe(least))
+    """Return the attempt with the least of one quantity, under the limits on the others."""
+    changed = {"limits": replace(limits, **{goal: None}), "goal": goal, "trials": TRIALS}
+    return bench.attempt(bench.target.recipe(precision.model_copy(update=changed)))
 
 
 def _smallest(
