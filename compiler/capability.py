@@ -63,6 +63,8 @@ class Capability:
         packed: Container -> the least opset that stores it.
         ties_attention: Whether the runtime fuses q, k and v of one attention, so that all three
             must have one form.
+        tables: Whether a Gather from a constant table is folded at load, so that a weight of few
+            values costs nothing at run time.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Capability:
     float_only: dict[str, str] = field(default_factory=dict)
     packed: dict[str, int] = field(default_factory=dict)
     ties_attention: bool = False
+    tables: bool = False
 
     def legal(self, op_type: str, weight: Format | None, activation: str) -> Legality | None:
         """Return the row that covers this form, or None."""

@@ -35,8 +35,8 @@ class Choice:
 
     @property
     def bits(self) -> int:
-        """Stored bits of one code; scales are not counted."""
-        return FLOAT_BITS if self.format is None else DTYPES[self.format.dtype].bitwidth
+        """Stored bits of one code; scales and tables are not counted."""
+        return FLOAT_BITS if self.format is None else self.format.stored_bits
 
     def __str__(self) -> str:
         return "float" if self.format is None else f"{self.format} x {self.activation}"
@@ -71,7 +71,7 @@ def legal_choices(readers: Sequence[Weight], capability: Capability) -> tuple[Ch
     found = dict.fromkeys(choice for choices in each for choice in choices)
     pairs = list(zip(readers, each, strict=True))
     common = [choice for choice in found if all(_takes(*pair, choice) for pair in pairs)]
-    return (*sorted(common, key=_fineness), Choice())
+    return (*sorted(common, key=fineness), Choice())
 
 
 def _takes(reader: Weight, own: list[Choice], choice: Choice) -> bool:
@@ -111,7 +111,11 @@ class Open:
 
 
 def open_weights(
-    model: ir.Model, capability: Capability, widths: Sequence[int], activations: Activations
+    model: ir.Model,
+    capability: Capability,
+    widths: Sequence[int],
+    activations: Activations,
+    affine: bool = False,
 ) -> list[Open]:
     """Return every weight that has a choice of these widths, in graph order.
 
@@ -121,12 +125,13 @@ def open_weights(
         widths: Stored bits of a code that are offered; 32 lets a weight stay float.
         activations: `float` offers weight-only forms, `any` all forms; the others offer integer
             kernels, and weight-only forms where a node has no integer kernel (embeddings).
+        affine: Whether weights of fewer than 8 bits have zero points where they may.
     """
     found = []
     for value in weights_of(model):
         readers = tuple(readers_of(value))
         legal = [c for c in legal_choices(readers, capability) if c.bits in widths]
-        choices = tuple(allowed(legal, activations))
+        choices = tuple(allowed(with_zero_points(legal, affine), activations))
         if any(choice.format is not None for choice in choices):
             found.append(Open(value, readers, choices))
     return found
@@ -143,6 +148,19 @@ def allowed(legal: Sequence[Choice], activations: Activations) -> list[Choice]:
     return [c for c in legal if c.format is None or c.activation != "float"]
 
 
+def with_zero_points(legal: Sequence[Choice], affine: bool) -> list[Choice]:
+    """Return the choices whose weights have zero points, where there are any; or none of them."""
+    signed = [c for c in legal if c.format is None or c.format.signed]
+    if not affine:
+        return signed
+    shifted = [c for c in legal if c not in signed and c.bits < 8]
+    kept = {(c.bits, c.activation) for c in shifted}
+    return sorted(
+        [*shifted, *(c for c in signed if (c.bits, c.activation) not in kept)],
+        key=lambda c: (c.format is None, fineness(c)),
+    )
+
+
 def _whole(choice: Choice) -> bool:
     """Whether the weight is widened at load, so that the kernel is the float one."""
     format = choice.format
@@ -150,7 +168,7 @@ def _whole(choice: Choice) -> bool:
     return choice.activation == "float" and not blocked
 
 
-def _fineness(choice: Choice) -> tuple[int, str]:
+def fineness(choice: Choice) -> tuple[int, str]:
     """Order by width, the widest first, then by text: the order is always the same."""
     return -choice.bits, str(choice)
 

@@ -79,6 +79,14 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a command's options are its param
         float | None, typer.Option(help="Most stored bits of a weight on average, e.g. 4.5.")
     ] = None,
     widths: Annotated[str, typer.Option(help="Widths that auto may mix.")] = "8,4,2",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split narrow weights by value: auto (SplitQuant), kmeans (16 values a channel), "
+            "branches, codebook, int8-grid or nearest; clusters, span and levels may follow: "
+            "int8-grid,16,channel,levels=1."
+        ),
+    ] = None,
     signal: Annotated[
         list[str],
         typer.Option(
@@ -124,6 +132,7 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a command's options are its param
         "max_latency": None if max_latency is None else read_seconds(max_latency),
         "average_bits": avg_bits,
         "widths": read_numbers(widths),
+        "split": split,
         "signals": tuple(signal),
         "method": method,
         "seed": seed,

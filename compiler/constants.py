@@ -75,7 +75,7 @@ def make_node(
     inputs: Sequence[ir.Value | None],
     name: str,
     like: ir.Value,
-    attributes: Mapping[str, int | float | str] | None = None,
+    attributes: Mapping[str, int | float | str | list[int]] | None = None,
     dtype: ir.DataType | None = None,
     domain: str = "",
     output: str | None = None,

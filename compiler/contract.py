@@ -174,10 +174,13 @@ class Placement:
     Attributes:
         kernels: Kernel (op type) -> number of nodes, of the graph as the runtime executes it.
         stayed_float: Name of a source node with a weight -> why it ran in float.
+        weight_bytes: Bytes of all constants of that graph: what they take in memory, narrow
+            weights unpacked; None where it is not known.
     """
 
     kernels: dict[str, int]
     stayed_float: dict[str, str]
+    weight_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from math import prod
 from typing import Any, Literal
 
 from .choices import Choice
-from .formats import PerAxis, PerBlock
+from .formats import Granularity, PerAxis, PerBlock
 from .graph import Weight
+from .splitting import NEAREST_BLOCK, rounded_to
 
 Source = Literal["measured", "nearest", "shipped"]
 
@@ -78,19 +79,53 @@ class Workload:
 
 
 def stored_bytes(workload: Workload, choice: Choice) -> int:
-    """Return the bytes of a weight's codes and float32 scales; 4 an element where it is float."""
-    count = prod(workload.weight)
-    if choice.format is None:
+    """Return the bytes of a weight's codes and float32 scales; 4 an element where it is float.
+
+    Of a split weight: codes or indices, tables, and the scales that are left.
+    """
+    count, format = prod(workload.weight), choice.format
+    if format is None:
         return 4 * count
     codes = (count * choice.bits + 7) // 8
-    match choice.format.granularity:
+    scales = groups(workload.weight, format.granularity)
+    if format.split is None:
+        return codes + 4 * scales
+    split = format.split
+    entries = split.entries(format.bits)
+    spans = groups(workload.weight, split.over)
+    tables = spans if split.levels == 1 else max(spans, scales)
+    match split.form:
+        case "branches":
+            return codes + 4 * scales * split.clusters
+        case "codebook":
+            return codes + 4 * entries * tables
+        case "int8-grid":
+            return codes + entries * tables + 4 * scales
+    return codes + 4 * (count // NEAREST_BLOCK)
+
+
+def groups(shape: tuple[int, ...], granularity: Granularity) -> int:
+    """Return how many groups of elements have a scale of their own."""
+    match granularity:
         case PerAxis(axis):
-            scales = workload.weight[axis]
+            return shape[axis]
         case PerBlock(axis, size):
-            scales = count // workload.weight[axis] * -(-workload.weight[axis] // size)
-        case _:
-            scales = 1
-    return codes + 4 * scales
+            return prod(shape) // shape[axis] * -(-shape[axis] // size)
+    return 1
+
+
+def kernels_of(choice: Choice, reader: Weight) -> list[Choice]:
+    """Return the unsplit choices whose kernels run a choice, one after the other."""
+    format = choice.format
+    if format is None or format.split is None:
+        return [choice]
+    behind = rounded_to(format, reader)
+    match format.split.form:
+        case "branches":
+            return [Choice(format.plain, choice.activation)] * format.split.clusters
+        case "codebook":
+            return [Choice()]
+    return [Choice(behind, choice.activation)]
 
 
 def fits(workload: Workload) -> bool:

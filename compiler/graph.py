@@ -113,6 +113,17 @@ def operand_of(weight: Weight) -> ir.Value:
     return value
 
 
+def first_reader(value: ir.Value, graph: ir.Graph) -> ir.Node:
+    """Return the first node of the graph that reads a value, or whose bodies do."""
+    reads = {id(use.node) for use in value.uses()}
+    return next(
+        node
+        for node in graph
+        if id(node) in reads
+        or any(id(inner) in reads for body in subgraphs(node) for inner in body.all_nodes())
+    )
+
+
 def readers_of(value: ir.Value) -> list[Weight]:
     """Return an initializer as each of the nodes that reads it as its weight sees it."""
     found = [weight_of(node) for node in dict.fromkeys(use.node for use in value.uses())]

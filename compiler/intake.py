@@ -23,6 +23,7 @@ from .precision import Precision
 from .recipe import Recipe
 from .saved_plan import SavedPlan
 from .signals import Signal
+from .split_plan import SplitWish
 
 CALIBRATION_BATCH = 8
 HOLD_OUT = 5  # every 5th sample checks when no check feeds are given
@@ -45,6 +46,9 @@ class Options(BaseModel):
         max_latency: Budget on the seconds of one call with a batch of one.
         average_bits: Budget on stored code bits per quantizable weight.
         widths: Stored bits that `auto` may give a weight.
+        split: How narrow weights are split by value: `auto` (SplitQuant, in the form that costs
+            least), `kmeans` (16 values a channel), or a form with clusters, span and levels, e.g.
+            `int8-grid,16,channel,levels=1`.
         signals: What tells `auto` how important a weight is; the first that predicts losses leads.
         method: How `auto` chooses: `milp`, or the papers' `greedy` order.
         plan: A plan.json to obey instead of deciding; formats in it may have been edited.
@@ -69,6 +73,7 @@ class Options(BaseModel):
     max_latency: float | None = Field(None, gt=0, allow_inf_nan=False)
     average_bits: float | None = Field(None, gt=0, allow_inf_nan=False)
     widths: tuple[Literal[2, 4, 8], ...] = Field((8, 4, 2), min_length=1)
+    split: str | None = None
     signals: tuple[Signal, ...] = Field(("measured",), min_length=1)
     method: Literal["milp", "greedy"] = "milp"
     plan: str | Path | InstanceOf[SavedPlan] | None = None
@@ -90,17 +95,31 @@ class Options(BaseModel):
         Raises:
             RecipeError: It is no precision, or two of the options contradict each other.
         """
-        if self.plan is not None and (self.recipe is not None or self.precision is not None):
-            raise RecipeError("a plan says all widths: leave out --recipe and --precision")
+        said = (self.recipe, self.precision, self.split)
+        if self.plan is not None and any(one is not None for one in said):
+            raise RecipeError("a plan says all: leave out --recipe, --precision and --split")
         if self.plan is not None:
             return Precision(ranges=self.ranges, planned=True)
         given = self.recipe is not None
         text = self.precision or ("auto" if self.budgets().any and not given else "w8a8")
         asked = Precision.parse(text, self.ranges)
+        if self.split is not None:
+            asked = self._split(asked)
         if not asked.widths:
             return asked
         chosen = {"widths": self.widths, "signals": self.signals, "method": self.method}
         return asked.model_copy(update=chosen)
+
+    def _split(self, asked: Precision) -> Precision:
+        """Return the precision with its weights split."""
+        if self.recipe is not None:
+            raise RecipeError("a recipe says all: leave out --split, write split-layers into it")
+        if not asked.widths and asked.weights > 4:
+            raise RecipeError(
+                f"--split with {asked}: 8-bit weights gain nothing by being split; ask for w2a8, "
+                "w4a8, w2 or w4, or write split-layers into a recipe"
+            )
+        return asked.model_copy(update={"split": SplitWish.parse(str(self.split))})
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class Note:
         bytes: Stored bytes of the choice that was made.
         seconds: Predicted seconds of one call in the choice that was made.
         cost_source: Where the seconds come from: measured, nearest or shipped.
+        split: Of a weight that has been split: the format that its parts were given.
+        part: Of a part: the weight that it is a part of.
         why: The reason for the decision, one clause.
     """
 
@@ -65,6 +67,8 @@ class Note:
     bytes: int | None = None
     seconds: float | None = None
     cost_source: str | None = None
+    split: str | None = None
+    part: str | None = None
     why: str | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -107,6 +111,8 @@ def _checkers() -> dict[str, TypeAdapter[Any]]:
         "mode": Mode,
         "activation": str,
         "shares": str,
+        "split": str,
+        "part": str,
         "cost_source": str,
         "why": str,
         "block": int,

@@ -9,11 +9,11 @@ import onnx_ir as ir
 
 from . import notes
 from .capability import Capability
-from .choices import Activations, Choice, allowed, legal_choices
+from .choices import Activations, Choice, allowed, legal_choices, with_zero_points
 from .contract import Decision
 from .costs import Cost, Workload, stored_bytes
 from .errors import RecipeError
-from .formats import Format
+from .formats import PerBlock
 from .graph import Weight, readers_of, weights_of
 from .regions import container
 
@@ -37,8 +37,21 @@ def uniform(
     bits: int,
     activations: Activations,
     kept: frozenset[str],
+    affine: bool = False,
+    block: int = 0,
 ) -> Picks:
-    """Return one width for all weights, but for those whose nodes are all kept by name."""
+    """Return one width for all weights, but for those whose nodes are all kept by name.
+
+    Args:
+        model: The model.
+        capability: The target's.
+        bits: The width.
+        activations: Which kernels are wanted; see `open_weights`.
+        kept: Names of nodes that stay float.
+        affine: Whether weights have zero points where they may.
+        block: Neighbours that share a scale where a block-wise form of that size is legal; 0 takes
+            one scale a channel.
+    """
     dtype, used = container(bits, capability.weight_bits)
     picks: Picks = {}
     for value in weights_of(model):
@@ -47,19 +60,31 @@ def uniform(
             op_type = readers[0].node.op_type
             picks[str(value.name)] = Pick(Choice(), f"{op_type}: kept as asked")
             continue
+        every = with_zero_points(legal_choices(readers, capability), affine)
         legal = [
             choice
-            for choice in allowed(legal_choices(readers, capability), activations)
-            if choice.format is not None and choice.format.dtype == dtype
+            for choice in (*_blocks(every, block), *allowed(every, activations))
+            if choice.format is not None and choice.format.dtype.removeprefix("u") == dtype
         ]
         if legal:
             form = legal[0].format
             assert form is not None
-            choice = Choice(Format(dtype, form.granularity, used), legal[0].activation)
+            choice = Choice(replace(form, bits=used), legal[0].activation)
             picks[str(value.name)] = Pick(choice, _why(readers, choice))
         elif activations == "float":
             picks[str(value.name)] = Pick(Choice(), "no legal weight-only form")
     return picks
+
+
+def _blocks(legal: Sequence[Choice], size: int) -> list[Choice]:
+    """Return the choices with a scale for every `size` neighbours."""
+    return [
+        choice
+        for choice in legal
+        if choice.format is not None
+        and isinstance(choice.format.granularity, PerBlock)
+        and choice.format.granularity.size == size
+    ]
 
 
 def _why(readers: Sequence[Weight], choice: Choice) -> str:
@@ -126,7 +151,7 @@ def stored(model: ir.Model, capability: Capability) -> Picks:
     taken = obeyed(model, capability)
     opset = int(model.graph.opset_imports.get("", 0))
     for name, pick in taken.items():
-        dtype = pick.choice.format.dtype if pick.choice.format is not None else ""
+        dtype = pick.choice.format.container if pick.choice.format is not None else ""
         least = capability.packed.get(dtype, 0)
         if opset < least:
             raise RecipeError(
@@ -175,7 +200,11 @@ def _same_form(asked: Choice, legal: Choice) -> bool:
         return asked.format is legal.format
     used = min(asked.format.bits, legal.format.bits)
     fewer = replace(legal.format, bits=used)
-    return asked.format == fewer and asked.activation == legal.activation
+    # How the parts are stored is not the kernel's matter, but for tables of floats.
+    split = asked.format.split
+    if split is not None and split.form in ("codebook", "nearest") and asked.activation != "float":
+        return False
+    return asked.format.plain == fewer and asked.activation == legal.activation
 
 
 def told(model: ir.Model, picks: Picks, decision: Decision) -> Decision:

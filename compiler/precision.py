@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .allocate import Goal, Limits
 from .errors import RecipeError
 from .signals import Signal
+from .split_plan import SplitWish
 
 Ranges = Literal["auto", "static", "dynamic"]
 
@@ -29,6 +30,7 @@ class Precision(BaseModel):
         goal: What is made small under the limits.
         limits: Budgets over all weights together.
         trials: Whole plans that may be measured for one choice.
+        split: How narrow weights are split by value before they are rounded, or None.
         planned: Whether a plan that was read is obeyed instead.
     """
 
@@ -43,14 +45,17 @@ class Precision(BaseModel):
     goal: Goal = "loss"
     limits: Limits = Limits()
     trials: int = Field(12, ge=0)
+    split: SplitWish | None = None
     planned: bool = False
 
     def __str__(self) -> str:
         if self.planned:
             return "by plan"
+        # A split layout may store more bits than a part has, so the name tells of parts.
+        split = f" in {self.split.parts}" if self.split is not None else ""
         if self.widths:
-            return "auto"
-        return f"w{self.weights}" + (f"a{self.activations}" if self.activations else "")
+            return f"auto{split}"
+        return f"w{self.weights}" + (f"a{self.activations}" if self.activations else "") + split
 
     @property
     def calibrated(self) -> bool:

@@ -1,4 +1,4 @@
-"""Uniform quantizers: affine for activations, symmetric for weights.
+"""Uniform quantizers: affine for activations and unsigned weights, symmetric for signed ones.
 
 Source: R. Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference"
 (arXiv 1806.08342), sections 2 and 3. Rounding is half to even, as ONNX QuantizeLinear does it.
@@ -47,17 +47,36 @@ def symmetric_scale(weights: Floats, format: Format) -> Floats:
     )
 
 
-def grouped_max(values: Floats, format: Format) -> Floats:
-    """Return the maximum of each group that shares a scale, in the shape of the scale."""
+def affine_scale(weights: Floats, format: Format) -> tuple[Floats, Floats]:
+    """Return (scale, zero point) of each group's range, widened to contain zero.
+
+    Shapes as those of `symmetric_scale`; zero points are whole numbers in float32. A group of
+    zeros gets scale 1.
+    """
+    least, greatest = format.codes
+    low = -grouped_max(-weights, format).astype(np.float64)
+    high = grouped_max(weights, format).astype(np.float64)
+    step = np.maximum(((high - low) / (greatest - least)).astype(np.float32), SCALE_FLOOR)
+    scale = np.where(high == low, np.float32(1), step).astype(np.float32)
+    zero_point = np.clip(np.rint(least - low / scale), least, greatest)
+    return scale, zero_point.astype(np.float32)
+
+
+def grouped_max(values: Floats, format: Format, initial: float = 0.0) -> Floats:
+    """Return the maximum of each group that shares a scale, in the shape of the scale.
+
+    It is `initial` where no value of the group is above that.
+    """
     match format.granularity:
         case PerTensor():
-            return np.asarray(values.max(initial=0), np.float32)
+            return np.asarray(values.max(initial=initial), np.float32)
         case PerAxis(axis):
             others = tuple(i for i in range(values.ndim) if i != axis % values.ndim)
-            return np.asarray(values.max(axis=others, initial=0), np.float32)
+            return np.asarray(values.max(axis=others, initial=initial), np.float32)
         case PerBlock(axis, size):
             starts = np.arange(0, values.shape[axis], size)
-            return np.asarray(np.maximum.reduceat(values, starts, axis=axis), np.float32)
+            greatest = np.maximum.reduceat(values, starts, axis=axis)
+            return np.maximum(greatest, np.float32(initial)).astype(np.float32)
 
 
 def spread(scale: Floats, shape: tuple[int, ...], format: Format) -> Floats:
@@ -83,6 +102,20 @@ def dequantize_symmetric(codes: Codes, scale: Floats, format: Format) -> Floats:
     """Return codes * scale as float32, shape of `codes`."""
     wide = codes.astype(np.float32) * spread(scale, codes.shape, format)
     return np.asarray(wide, np.float32)
+
+
+def quantize_shifted(weights: Floats, scale: Floats, zero_point: Floats, format: Format) -> Codes:
+    """Return clip(round(w / scale) + zero_point), shape of `weights`; see `affine_scale`."""
+    shape = weights.shape
+    codes = np.rint(weights / spread(scale, shape, format)) + spread(zero_point, shape, format)
+    clipped: Codes = np.clip(codes, *format.codes).astype(format.numpy_type)
+    return clipped
+
+
+def dequantize_shifted(codes: Codes, scale: Floats, zero_point: Floats, format: Format) -> Floats:
+    """Return (codes - zero_point) * scale as float32, shape of `codes`."""
+    shifted = codes.astype(np.float32) - spread(zero_point, codes.shape, format)
+    return np.asarray(shifted * spread(scale, codes.shape, format), np.float32)
 
 
 def quantize_affine(values: Floats, scale: np.float32, zero_point: int, format: Format) -> Codes:

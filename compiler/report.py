@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from .compare import Comparison, Latency
 from .contract import Decision, Remark
 from .runner import PassRow
+from .storage import Stored
 
 
 class _Row(BaseModel):
@@ -50,7 +51,10 @@ class TargetReport(_Row):
         precision: Widths asked for.
         recipe: The passes, as text.
         file_bytes: Bytes of all files that the runtime needs.
-        bits_per_weight: Stored bits of codes, scales and tables per quantized weight element.
+        stored_bits: Stored bits of codes, tables and scales per quantized weight; None where none
+            is quantized.
+        weight_memory: Bytes of all weights as the runtime holds them, after folding; None when not
+            checked.
         decision: How the bits were chosen; None for a recipe that decides nothing.
         kernels: Kernel -> nodes, of the graph as the runtime executes it; empty when not checked.
         stayed_float: Weighted node that ran in float -> why.
@@ -65,7 +69,8 @@ class TargetReport(_Row):
     precision: str
     recipe: str
     file_bytes: int
-    bits_per_weight: float | None
+    stored_bits: Stored | None
+    weight_memory: int | None
     decision: Decision | None
     kernels: dict[str, int]
     stayed_float: dict[str, str]

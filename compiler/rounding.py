@@ -1,12 +1,14 @@
 """How a float weight becomes codes: one place for the pass that stores and for what predicts.
 
-Symmetric codes, zero point zero, restricted range. Source: Krishnamoorthi, arXiv 1806.08342,
-section 2.
+Signed formats are symmetric: zero point zero, restricted range. Unsigned ones are affine: their
+range ends at the least and the greatest weight. A format with a split rounds each part on its own.
+Source: Krishnamoorthi, arXiv 1806.08342, section 2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -18,7 +20,10 @@ from .quantizers import (
     Codes,
     Floats,
     affine_parameters,
+    affine_scale,
+    dequantize_shifted,
     dequantize_symmetric,
+    quantize_shifted,
     quantize_symmetric,
     symmetric_scale,
 )
@@ -29,53 +34,84 @@ Clip = Literal["auto", "minmax", "mse"]
 CLIPS = np.arange(1.0, 0.199, -0.02)
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """A weight in codes.
+
+    Attributes:
+        codes: Shape of the weight, in the format's `numpy_type`.
+        scale: float32, one for each group of the format's granularity.
+        zero_point: Whole numbers in float32, shape of `scale`; all zero in signed formats.
+        format: What the codes are in.
+    """
+
+    codes: Codes
+    scale: Floats
+    zero_point: Floats
+    format: Format
+
+    def floats(self) -> Floats:
+        """Return the float32 weight that the codes stand for."""
+        if self.format.signed:
+            return dequantize_symmetric(self.codes, self.scale, self.format)
+        return dequantize_shifted(self.codes, self.scale, self.zero_point, self.format)
+
+
 def rounded(
     values: Floats, format: Format, clip: Clip = "auto", readers: Sequence[Weight] = ()
-) -> tuple[Codes, Floats]:
-    """Return (codes, scale) of a float32 weight.
+) -> Rounded:
+    """Return a float32 weight in codes.
 
     Args:
         values: The weight.
-        format: What it becomes.
-        clip: `minmax` keeps the largest weight of each group; `mse` shrinks each group's range to
-            where the mean squared error is least; `auto` is mse below four bits: from four on,
+        format: What it becomes; has no split.
+        clip: `minmax` keeps the outermost weights of each group; `mse` shrinks each group's range
+            to where the mean squared error is least; `auto` is mse below four bits: from four on,
             clipping the few large weights costs the layer's output more than it saves.
         readers: The weight as its readers see it; their biases bound the scale from below.
     """
-    scale = _scale(values, format, clip)
-    for reader in readers:
-        scale = np.maximum(scale, _least_scale(reader, format))
-    return quantize_symmetric(values, scale, format), scale
+    assert format.split is None
+    least = [_least_scale(reader, format) for reader in readers]
+    floor = np.maximum.reduce(np.broadcast_arrays(np.zeros((), np.float32), *least))
+    whole = np.ones((), np.float32)
+    best = _coded(values, whole, floor, format)
+    if clip == "minmax" or (clip == "auto" and format.bits >= 4):
+        return best
+    error, chosen = _group_error(values, best), whole
+    for share in CLIPS[1:]:
+        trial = _group_error(values, _coded(values, whole * np.float32(share), floor, format))
+        chosen = np.where(trial < error, np.float32(share), chosen)
+        error = np.minimum(trial, error)
+    return _coded(values, chosen, floor, format)
+
+
+def _coded(values: Floats, share: Floats, floor: Floats, format: Format) -> Rounded:
+    """Round to a share of each group's range, with a scale that is not below the floor."""
+    if format.signed:
+        scale = np.maximum(symmetric_scale(values, format) * share, floor).astype(np.float32)
+        zeros = np.zeros_like(scale)
+        return Rounded(quantize_symmetric(values, scale, format), scale, zeros, format)
+    scale, zero_point = affine_scale(values, format)
+    # Both ends shrink alike, so zero keeps its code.
+    scale = np.maximum(scale * share, floor).astype(np.float32)
+    return Rounded(quantize_shifted(values, scale, zero_point, format), scale, zero_point, format)
 
 
 def simulated(
     values: Floats, format: Format, clip: Clip = "auto", readers: Sequence[Weight] = ()
 ) -> Floats:
     """Return the float32 weight that the runtime computes with after rounding."""
-    codes, scale = rounded(values, format, clip, readers)
-    return dequantize_symmetric(codes, scale, format)
+    if format.split is not None:
+        from .splitting import split_floats
+
+        return split_floats(values, format, clip, readers)
+    return rounded(values, format, clip, readers).floats()
 
 
-def _scale(values: Floats, format: Format, clip: Clip) -> Floats:
-    """Choose the scale of each group."""
-    scale = symmetric_scale(values, format)
-    if clip == "minmax" or (clip == "auto" and format.bits >= 4):
-        return scale
-    best = _group_error(values, scale, format)
-    chosen = scale
-    for share in CLIPS[1:]:
-        shrunk = (scale * np.float32(share)).astype(np.float32)
-        error = _group_error(values, shrunk, format)
-        chosen = np.where(error < best, shrunk, chosen)
-        best = np.minimum(error, best)
-    return chosen
-
-
-def _group_error(values: Floats, scale: Floats, format: Format) -> Floats:
+def _group_error(values: Floats, coded: Rounded) -> Floats:
     """Return the summed squared error of each group that shares a scale."""
-    codes = quantize_symmetric(values, scale, format)
-    miss = np.square(dequantize_symmetric(codes, scale, format) - values)
-    match format.granularity:
+    miss = np.square(coded.floats() - values)
+    match coded.format.granularity:
         case PerAxis(axis):
             others = tuple(i for i in range(miss.ndim) if i != axis % miss.ndim)
             return np.asarray(miss.sum(axis=others), np.float32)

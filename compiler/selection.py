@@ -13,7 +13,7 @@ from . import notes
 from .allocate import Chosen, Goal, Item, Limits, Option, solve, totals
 from .choices import Choice, Open
 from .contract import Context
-from .costs import Cost, Source, Workload, stored_bytes
+from .costs import Cost, Source, Workload, kernels_of, stored_bytes
 from .errors import BudgetError, RecipeError, UnsupportedError
 
 WORTH = 0.98  # of the measured loss; what is gained above would not last on other samples
@@ -60,19 +60,24 @@ def forms_of(
     """
     return {
         one.name: {
-            str(choice): _cost(one, choice, context, shapes) for choice in (*one.choices, Choice())
+            str(choice): cost_of(one, choice, context, shapes)
+            for choice in (*one.choices, Choice())
         }
         for one in weights
     }
 
 
-def _cost(one: Open, choice: Choice, context: Context, shapes: Shapes) -> Cost:
-    """Return what a weight costs in one form."""
+def cost_of(one: Open, choice: Choice, context: Context, shapes: Shapes) -> Cost:
+    """Return what a weight costs in one form; no seconds where no shape or no cost is known."""
     works = [Workload.of(r, shapes.get(str(r.node.name), ())) for r in one.readers]
     size = stored_bytes(works[0], choice)
     if not shapes or context.cost is None:
         return Cost(size)
-    costs = [context.cost(work, choice) for work in works]
+    costs = [
+        context.cost(work, kernel)
+        for work, reader in zip(works, one.readers, strict=True)
+        for kernel in kernels_of(choice, reader)
+    ]
     if any(cost.seconds is None for cost in costs):
         return Cost(size)
     ranks: list[Source] = ["measured", "nearest", "shipped"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from .formats import Format
 from .graph import Weight, readers_of
 from .model import save
 from .observe import with_outputs
-from .quantizers import affine_parameters, dequantize_affine, dequantize_symmetric, quantize_affine
-from .rounding import Clip, rounded
+from .quantizers import Floats, affine_parameters, dequantize_affine, quantize_affine
+from .rounding import Clip, rounded, simulated
 from .session import Session, open_session, session_options
 from .suffix import Cut, cut, suffix
 from .weights import opened
@@ -244,8 +244,8 @@ class _Probe:
         with opened(readers[0].value) as array:
             self._float = np.array(array, np.float32)
         self._choices = {text: Choice.parse(text) for text in texts}
-        self._codes = {
-            text: rounded(self._float, choice.format, task.clip, readers)
+        self._stored = {
+            text: _kept(self._float, choice.format, task.clip, readers)
             for text, choice in self._choices.items()
             if choice.format is not None
         }
@@ -276,7 +276,7 @@ class _Probe:
         if source == self.name:
             if choice.format is None:
                 return self._float
-            return dequantize_symmetric(*self._codes[text], choice.format)
+            return self._stored[text]()
         if choice.activation == "float":
             return array
         return _as_read(array, self._ranges[source], Format(self._task.container))
@@ -284,6 +284,16 @@ class _Probe:
     def losses(self) -> dict[str, float]:
         """Return choice -> loss over all batches."""
         return {text: one.value for text, one in self._sums.items()}
+
+
+def _kept(
+    values: Floats, format: Format, clip: Clip, readers: Sequence[Weight]
+) -> Callable[[], Floats]:
+    """Return what gives the rounded weight; codes are kept where they tell it, being smaller."""
+    if format.split is None:
+        return rounded(values, format, clip, readers).floats
+    floats = simulated(values, format, clip, readers)
+    return lambda: floats
 
 
 def _as_read(array: Array, note: notes.Note, format: Format) -> Array:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .artifact import Artifact
 from .contract import Option, Pass, Target
+from .formats import Format
 from .lookup import load, names
 from .report import Report, TargetReport
 
@@ -79,13 +80,15 @@ def _lines(report: Report) -> list[list[str]]:
             _size(source),
             *(f"{_size(r.file_bytes)} ({r.file_bytes / source:.0%})" for r in rows),
         ],
-        ["stored bits per weight", "", *(_number(r.bits_per_weight, ".2f") for r in rows)],
+        ["stored bits per weight", "", *(_stored(r) for r in rows)],
     ]
     if any(r.decision is not None and r.decision.method != "uniform" for r in rows):
         lines += _decision_lines(rows)
     checked = [r.accuracy for r in rows if r.accuracy is not None]
     if len(checked) < len(rows):
         return lines
+    memory = [_size(r.weight_memory) if r.weight_memory is not None else "-" for r in rows]
+    lines.append(["weights in memory", "", *memory])
     lines.append(["SQNR of the outputs", "", *(f"{a.sqnr_db:.1f} dB" for a in checked)])
     lines.append(["cosine", "", *(f"{a.cosine:.5f}" for a in checked)])
     if any(a.agreement is not None for a in checked):
@@ -101,6 +104,15 @@ def _lines(report: Report) -> list[list[str]]:
             [f"batch {latency.batch}, {threads}", f"{latency.source * 1e3:.2f} ms", *shown]
         )
     return lines
+
+
+def _stored(row: TargetReport) -> str:
+    """Return the stored bits of a quantized weight, and of what they consist."""
+    found = row.stored_bits
+    if found is None:
+        return "-"
+    tables = f", tables {found.tables:.2f}" if found.tables else ""
+    return f"{found.total:.2f} (codes {found.codes:.2f}{tables}, scales {found.scales:.2f})"
 
 
 def _decision_lines(rows: tuple[TargetReport, ...]) -> list[list[str]]:
@@ -268,7 +280,7 @@ def print_explanation(console: Console, facts: dict[str, Any]) -> None:
     heads = ("value", "decision", "range", *(["importance"] if several else []), "why")
     table = Table(*heads, box=None, pad_edge=False)
     for name, note in facts["plan"].items():
-        decision = note.get("format", "float") if note.get("mode") != "float" else "float"
+        decision = _decided(note) if note.get("mode") != "float" else "float"
         decision += " dynamic" if note.get("mode") == "dynamic" else ""
         range_ = f"{note['low']:.4g} .. {note['high']:.4g}" if note.get("low") is not None else ""
         signals = "\n".join(f"{k} {v:.2g}" for k, v in note.get("importance", {}).items())
@@ -285,6 +297,18 @@ def print_explanation(console: Console, facts: dict[str, Any]) -> None:
             f"{remark['source']}: {escape(remark['subject'])}: {escape(remark['reason'])}",
             highlight=False,
         )
+
+
+def _decided(note: dict[str, Any]) -> str:
+    """Return the format of a value; of a split weight the bits that are stored, not a part's."""
+    format = Format.parse(note["format"]) if "format" in note else None
+    if format is None or format.split is None:
+        return str(format or "float")
+    split = format.split
+    return (
+        f"{format.stored_bits} code bits: {split.form}, {split.parts(format.bits)}, clusters "
+        f"{split.over}, ranges {format.granularity}"
+    )
 
 
 def catalogue(kind: Literal["passes", "targets"]) -> list[dict[str, Any]]:

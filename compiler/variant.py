@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_ir as ir
-
-from . import compare, notes
+from . import compare
 from .budgets import Budgets
 from .contract import Placement, Progress, Target
 from .errors import UnsupportedError
@@ -17,6 +15,7 @@ from .recipe import Recipe
 from .report import TargetReport, verdict
 from .saved_plan import SavedPlan
 from .search import search
+from .storage import stored_bits
 from .workbench import Attempt, Workbench
 
 
@@ -83,7 +82,8 @@ class Variant:
             precision=self._asked(),
             recipe=str(attempt.recipe),
             file_bytes=attempt.bytes,
-            bits_per_weight=bits_per_weight(attempt.model),
+            stored_bits=stored_bits(attempt.model),
+            weight_memory=placement.weight_bytes,
             decision=attempt.decision,
             kernels=placement.kernels,
             stayed_float=placement.stayed_float,
@@ -135,20 +135,3 @@ class Variant:
             batch = next(iter(feeds.rebatched(size) if size else feeds))
             rows.append(compare.latency(source, variant, batch, threads))
         return accuracy, tuple(rows)
-
-
-def bits_per_weight(model: ir.Model) -> float | None:
-    """Return stored bits (codes and scales) per element of all quantized weights, or None."""
-    stored = {
-        name: value.const_value
-        for name, value in model.graph.initializers.items()
-        if value.const_value is not None
-    }
-    planned = [n for n in stored if notes.read(model.graph.initializers[n]).format is not None]
-    elements = sum(stored[name].size for name in planned)
-    bits = 0
-    for name in planned:
-        plain = name.removesuffix("_quantized")
-        forms = (name, f"{plain}_scale", f"{plain}_scale_spread", f"{name}_row_scale")
-        bits += sum(stored[form].nbytes * 8 for form in forms if form in stored)
-    return bits / elements if elements else None

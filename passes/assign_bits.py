@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
@@ -25,7 +26,7 @@ from ..compiler import notes, picks, regions, selection
 from ..compiler.activations import Activations, forgotten, keep_words, without_form
 from ..compiler.allocate import Chosen, Goal, Item, Limits, solve, totals
 from ..compiler.choices import Activations as Kernels
-from ..compiler.choices import Choice, Open, open_weights
+from ..compiler.choices import Choice, Open
 from ..compiler.contract import Context, Decision, Pass, silent
 from ..compiler.errors import RecipeError
 from ..compiler.graph import is_standard, readers_of, weights_of
@@ -35,11 +36,13 @@ from ..compiler.picks import Pick, Picks
 from ..compiler.rounding import Clip
 from ..compiler.shapes import operand_shapes
 from ..compiler.signals import Signal, of_outputs, predicts
+from ..compiler.split_plan import Over, SplitWish, offered, split_picks
 from ..compiler.ties import agreed, ties_of, together
 from ..compiler.trial import Reference
 from .insert_qdq import InsertQdq
 from .lower_embeddings import LowerEmbeddings
 from .round_weights import RoundWeights
+from .split_layers import SplitLayers
 from .unpack_weights import UnpackWeights
 
 
@@ -66,6 +69,14 @@ class AssignBits(Pass):
         floor_db: Expected SQNR in dB under which `auto` does not trust a static range.
         keep: Regular expressions; nodes whose whole name matches one stay float.
         embeddings: Whether embedding tables are quantized too.
+        affine: Whether weights of fewer than 8 bits have zero points where they may.
+        block: With one width and float activations: neighbours that share a scale, where that is
+            legal; 0 takes one scale a channel.
+        split: How narrow weights may be split by value before they are rounded (`auto`: in the
+            form that costs least); `split-layers` carries it out.
+        clusters: Parts of a split weight.
+        over: What one clustering of a split weight spans.
+        levels: Values of a part; 0 takes as many as its bits have codes, 1 makes a k-means table.
     """
 
     decides: ClassVar[bool] = True
@@ -87,6 +98,12 @@ class AssignBits(Pass):
     floor_db: float = 15.0
     keep: tuple[str, ...] = ()
     embeddings: bool = True
+    affine: bool = False
+    block: int = Field(0, ge=0)
+    split: Literal["none", "auto", "branches", "codebook", "int8-grid", "nearest"] = "none"
+    clusters: int = Field(3, ge=2, le=255)
+    over: Over = "tensor"
+    levels: int = Field(0, ge=0, le=256)
 
     def requires(self, model: ir.Model, context: Context) -> Iterable[str]:
         """Ask for an opset that stores the narrowest of several widths."""
@@ -110,12 +127,27 @@ class AssignBits(Pass):
         elif self.widths:
             taken, decision = self._chosen(model, context, kept)
         else:
-            taken = picks.uniform(model, context.capability, self.weights, self.activations, kept)
+            options = (self.weights, self.activations, kept, self.affine, self.block)
+            taken = picks.uniform(model, context.capability, *options)
+            if self._wish is not None:
+                told = partial(context.remark, self)
+                taken = split_picks(model, taken, self._wish, context, told)
+                self._refuse_unsplit(taken, context)
             decision = Decision("uniform", 0.0)
         self._write(model, context, taken, kept, wanted)
         context.decisions.append(picks.told(model, taken, decision))
         after = notes.plan(model)
         return sum(1 for name, note in after.items() if note != before.get(name))
+
+    def _refuse_unsplit(self, taken: Picks, context: Context) -> None:
+        """Stop where a split was asked for and no weight can have it.
+
+        Raises:
+            RecipeError: It names the last reason.
+        """
+        formats = [pick.choice.format for pick in taken.values() if pick.choice.format is not None]
+        if formats and all(format.split is None for format in formats):
+            raise RecipeError(f"assign-bits: split={self.split}: {context.remarks[-1].reason}")
 
     def _kept(self, model: ir.Model) -> frozenset[str]:
         """Return the names of nodes to keep float.
@@ -147,7 +179,7 @@ class AssignBits(Pass):
         """Choose a form for every weight that is open."""
         weights = [
             one
-            for one in open_weights(model, context.capability, self.widths, self.activations)
+            for one in self._open(model, context)
             if not all(str(reader.node.name) in kept for reader in one.readers)
         ]
         timed = self.max_seconds is not None or self.goal == "seconds"
@@ -179,6 +211,18 @@ class AssignBits(Pass):
             loss = option.loss if known else None
             taken[item.name] = Pick(Choice.parse(option.choice), why, loss, cost)
         return taken, self._decision(model, context, weights, found, timed)
+
+    def _open(self, model: ir.Model, context: Context) -> list[Open]:
+        """Return the weights that have a choice."""
+        wanted = (self.widths, self.activations, self.affine, self._wish)
+        return offered(model, context.capability, *wanted)
+
+    @property
+    def _wish(self) -> SplitWish | None:
+        """How weights are to be split, or None."""
+        if self.split == "none":
+            return None
+        return SplitWish(self.split, self.clusters, self.over, levels=self.levels)
 
     def _solved(
         self,
@@ -222,7 +266,14 @@ class AssignBits(Pass):
         clone = model.clone()
         quiet = replace(context, remarks=[], decisions=[], progress=silent)
         self._write(clone, quiet, taken, kept, {})
-        for one in (RoundWeights(clip=self.clip), InsertQdq(), LowerEmbeddings(), UnpackWeights()):
+        edits = (
+            SplitLayers(clip=self.clip),
+            RoundWeights(clip=self.clip),
+            InsertQdq(),
+            LowerEmbeddings(),
+            UnpackWeights(),
+        )
+        for one in edits:
             one.run(clone, quiet)
         return clone
 

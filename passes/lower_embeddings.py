@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..compiler import constants
+from ..compiler import constants, notes
 from ..compiler.contract import Context, Pass
 from ..compiler.graph import is_standard
 
@@ -64,6 +64,7 @@ def _lower(gather: ir.Node, source: ir.Node, graph: ir.Graph) -> None:
     rows = scale.const_value.numpy()
     rank = len(codes.shape or ())
     column = constants.add(graph, f"{codes.name}_row_scale", rows.reshape(-1, *[1] * (rank - 1)))
+    notes.write(column, part=notes.read(codes).part or str(codes.name))
     made: list[ir.Node] = []
 
     def add(op: str, inputs: list[ir.Value | None], suffix: str, dtype: ir.DataType) -> ir.Value:

@@ -19,11 +19,12 @@ from pydantic import Field
 
 from ..compiler import losses, notes, signals
 from ..compiler.blocks import find_blocks
-from ..compiler.choices import Activations, Open, open_weights
+from ..compiler.choices import Activations, Open
 from ..compiler.contract import Context, Pass
 from ..compiler.rounding import Clip
 from ..compiler.sensitivity import measured
 from ..compiler.signals import Ranking, Signal
+from ..compiler.split_plan import Over, SplitWish, offered
 
 
 class RankWeights(Pass):
@@ -36,6 +37,12 @@ class RankWeights(Pass):
         loss: `mse` on the outputs, `kl` on their classes; `auto` is kl where a Softmax makes them.
         samples: Calibration samples that `measured` uses, evenly spread; 0 takes all.
         clip: How weights are rounded; give `round-weights` the same.
+        affine: Whether weights of fewer than 8 bits have zero points where they may.
+        split: How narrow weights may be split by value before they are rounded (`auto`: in the
+            form that costs least); `split-layers` carries it out.
+        clusters: Parts of a split weight.
+        over: What one clustering of a split weight spans.
+        levels: Values of a part; 0 takes as many as its bits have codes, 1 makes a k-means table.
     """
 
     decides: ClassVar[bool] = True
@@ -46,6 +53,11 @@ class RankWeights(Pass):
     loss: Literal["auto", "mse", "kl"] = "auto"
     samples: int = Field(128, ge=0)
     clip: Clip = "auto"
+    affine: bool = False
+    split: Literal["none", "auto", "branches", "codebook", "int8-grid", "nearest"] = "none"
+    clusters: int = Field(3, ge=2, le=255)
+    over: Over = "tensor"
+    levels: int = Field(0, ge=0, le=256)
 
     def requires(self, model: ir.Model, context: Context) -> Iterable[str]:
         """Ask for feeds where a signal runs the model, and for outputs that can be compared."""
@@ -63,7 +75,11 @@ class RankWeights(Pass):
 
     def run(self, model: ir.Model, context: Context) -> int:
         """Write notes; return how many weights have a new one."""
-        weights = open_weights(model, context.capability, self.widths, self.activations)
+        wish = None
+        if self.split != "none":
+            wish = SplitWish(self.split, self.clusters, self.over, levels=self.levels)
+        wanted = (self.widths, self.activations, self.affine, wish)
+        weights = offered(model, context.capability, *wanted)
         before = {one.name: notes.read(one.value) for one in weights}
         homes = {one.name: one for one in weights}
         blocks = find_blocks(model)

@@ -3,7 +3,8 @@
 before:  MatMul(x, w)                    note on w: int4 per_axis(1)
 becomes: MatMul(x, DequantizeLinear(w_quantized: int4, w_scale, axis=1))
 
-The codes themselves are chosen in `compiler/rounding.py`.
+A signed format has zero points of zero, an unsigned one those of its ranges. The codes themselves
+are chosen in `compiler/rounding.py`; a format with a split is `split-layers`' to obey first.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import onnx_ir as ir
 
 from ..compiler import constants, notes
 from ..compiler.contract import Context, Pass
+from ..compiler.errors import RecipeError
 from ..compiler.formats import Format, PerAxis, PerBlock
-from ..compiler.graph import Weight, readers_of, subgraphs, weight_of
-from ..compiler.quantizers import Codes, Floats
-from ..compiler.rounding import Clip, rounded
+from ..compiler.graph import Weight, first_reader, readers_of, weight_of
+from ..compiler.rounding import Clip, Rounded, rounded
 from ..compiler.weights import opened
 
 
@@ -39,6 +40,11 @@ class RoundWeights(Pass):
                 continue
             note = notes.read(weight.value)
             if note.mode == "static" and note.format is not None:
+                if note.format.split is not None:
+                    raise RecipeError(
+                        f"round-weights: {weight.value.name!r} is planned as {note.format}; put "
+                        "split-layers before"
+                    )
                 done.add(id(weight.value))
                 self._round(weight, note.format, model.graph)
         return len(done)
@@ -47,42 +53,35 @@ class RoundWeights(Pass):
         """Replace one float weight by codes, scale and DequantizeLinear."""
         with opened(weight.value) as array:
             values = np.asarray(array, np.float32)
-            codes, scale = rounded(values, format, self.clip, readers_of(weight.value))
+            found = rounded(values, format, self.clip, readers_of(weight.value))
             del values, array
-        _store(weight, codes, scale, format, graph)
+        _store(weight, found, graph)
 
 
-def _store(weight: Weight, codes: Codes, scale: Floats, format: Format, graph: ir.Graph) -> None:
+def _store(weight: Weight, found: Rounded, graph: ir.Graph) -> None:
     """Write initializers and the DequantizeLinear node, and rewire every reader."""
-    old, name = weight.value, str(weight.value.name)
-    stored = constants.add(graph, f"{name}_quantized", codes, format.onnx_type)
-    scales = constants.add(graph, f"{name}_scale", scale)
+    old, name, element = weight.value, str(weight.value.name), found.format.onnx_type
+    stored = constants.add(graph, f"{name}_quantized", found.codes, element)
+    scales = constants.add(graph, f"{name}_scale", found.scale)
+    if np.any(found.zero_point):
+        zero = constants.add(graph, f"{name}_zero_point", found.zero_point, element)
+    else:
+        zero = constants.zero_points(graph, found.scale, element)
     attributes: dict[str, int] = {}
-    match format.granularity:
+    match found.format.granularity:
         case PerAxis(axis):
             attributes = {"axis": axis}
         case PerBlock(axis, size):
             attributes = {"axis": axis, "block_size": size}
     node = constants.make_node(
         "DequantizeLinear",
-        [stored, scales, constants.zero_points(graph, scale, format.onnx_type)],
+        [stored, scales, zero],
         f"{name}_DequantizeLinear",
         like=old,
         attributes=attributes,
     )
     output = node.outputs[0]
     notes.move(old, stored)
-    graph.insert_before(_first_reader(old, graph), node)
+    graph.insert_before(first_reader(old, graph), node)
     ir.convenience.replace_all_uses_with(old, output)
     graph.initializers.pop(name)
-
-
-def _first_reader(value: ir.Value, graph: ir.Graph) -> ir.Node:
-    """Return the first node of the graph that reads a value, or whose bodies do."""
-    reads = {id(use.node) for use in value.uses()}
-    return next(
-        node
-        for node in graph
-        if id(node) in reads
-        or any(id(inner) in reads for body in subgraphs(node) for inner in body.all_nodes())
-    )

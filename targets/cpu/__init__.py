@@ -5,6 +5,7 @@ What is legal and what is fast was measured; docs/targets.md holds the figures a
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -159,11 +161,20 @@ class Cpu(Target):
             optimized.unlink(missing_ok=True)
             optimized.with_name(optimized.name + ".data").unlink(missing_ok=True)
         kernels = Counter(node.op_type for node in graph.node)
-        return Placement(dict(sorted(kernels.items())), stayed_float(graph, model))
+        floats = stayed_float(graph, model)
+        return Placement(dict(sorted(kernels.items())), floats, _bytes(graph))
 
     def open(self, entry: Path, threads: int = 1) -> Runner:
         """Load a model file; see the contract."""
         return open_runner(entry, threads)
+
+
+def _bytes(graph: Any) -> int:
+    """Return the bytes of all initializers of an onnx.GraphProto."""
+    return sum(
+        -(-math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
+        for tensor in graph.initializer
+    )
 
 
 def _forget_shapes(model: ir.Model) -> None:

@@ -12,17 +12,22 @@ from ...compiler.model import newest_opset
 Isa = Literal["auto", "vnni", "avx2", "arm64"]
 
 NARROW = ("int8", "int4", "int2")
+# Affine: the code less its zero point fits the int8 of the kernel, and is computed at load.
+SHIFTED = ("uint4", "uint2")
 # MatMulNBits: onnxruntime makes it of a block-wise DequantizeLinear and a MatMul at load, keeps
 # the weight packed in memory, and rounds the float activations to 8 bits on the way.
-BLOCKED = ("int4", "int2")
+BLOCKED = ("int4", "int2", "uint4", "uint2")
 BLOCKS = (32, 128)
+
+# Beside floats any codes are widened at load.
+WIDENED = (*NARROW, "uint8", *SHIFTED)
 
 MEASURED = "onnxruntime 1.32"
 
 CARRIES = frozenset(
     {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Pad"}
 )
-WEIGHT_ONLY = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
+WEIGHT_ONLY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 FLOAT_ONLY = {
     "LayerNormalization": "no integer LayerNormalization; its float kernel is exact and quick",
@@ -47,7 +52,7 @@ def capability_of(isa: str) -> Capability:
     def weighted(
         op: str, acts: tuple[str, ...], *, dynamic: bool = False, output: bool = False
     ) -> Legality:
-        return Legality(op, NARROW, acts, both, dynamic, output, since)
+        return Legality(op, NARROW + SHIFTED, acts, both, dynamic, output, since)
 
     return Capability(
         name=f"onnxruntime cpu ({isa})",
@@ -63,7 +68,8 @@ def capability_of(isa: str) -> Capability:
             *(Legality(op, (), acts, since=since) for op in ("AveragePool", "GlobalAveragePool")),
         ),
         widened=(
-            *(Legality(op, NARROW, ("float",), both, since=since) for op in WEIGHT_ONLY),
+            *(Legality(op, WIDENED, ("float",), both, since=since) for op in WEIGHT_ONLY),
+            Legality("Gather", NARROW, ("float",), both, since=since),
             Legality("MatMul", BLOCKED, ("float",), ("per_block",), since=since, blocks=BLOCKS),
         ),
         carries=CARRIES,
@@ -71,7 +77,8 @@ def capability_of(isa: str) -> Capability:
         activation=activation,
         weight_bits=7 if isa == "avx2" else 8,
         float_only=FLOAT_ONLY,
-        packed={"int4": 21, "int2": 25},
+        packed={"int4": 21, "uint4": 21, "int2": 25, "uint2": 25},
+        tables=True,
     )
 
 

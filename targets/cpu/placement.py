@@ -54,8 +54,11 @@ def _why_float(node: ir.Node | None) -> str:
     if node is None or node.inputs[1] is None:
         return NOT_FUSED
     codes = node.inputs[1]
-    while (maker := codes.producer()) is not None and maker.inputs[0] is not None:
-        codes = maker.inputs[0]
+    while (maker := codes.producer()) is not None:
+        before = maker.inputs[1 if maker.op_type in ("Gather", "GatherElements") else 0]
+        if before is None:
+            break
+        codes = before
     planned = [notes.read(value) for value in (codes, node.outputs[0])]
     why = next((note.why for note in planned if note.mode == "float"), None)
     source = node.inputs[0].producer() if node.inputs[0] is not None else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...compiler.capability import Capability
 from ...compiler.contract import Pass
 from ...compiler.precision import Precision
@@ -12,10 +14,12 @@ from ...passes.fold_batchnorm import FoldBatchnorm
 from ...passes.fuse_matmul_bias import FuseMatmulBias
 from ...passes.insert_qdq import InsertQdq
 from ...passes.lower_embeddings import LowerEmbeddings
+from ...passes.pack_tables import PackTables
 from ...passes.pad_codes import PadCodes
 from ...passes.rank_weights import RankWeights
 from ...passes.read_plan import ReadPlan
 from ...passes.round_weights import RoundWeights
+from ...passes.split_layers import SplitLayers
 from ...passes.split_skip_layernorm import SplitSkipLayernorm
 from ...passes.tidy import Tidy
 from ...passes.unpack_weights import UnpackWeights
@@ -29,17 +33,20 @@ def recipe_of(precision: Precision, capability: Capability) -> Recipe:
     decisions; then the edits that obey them; last what only this runtime wants.
     """
     narrow = "int2" if precision.narrowest == 2 else "int4" if precision.narrowest <= 4 else ""
+    split = precision.split is not None
     return Recipe(
         (
             WidenFloats(),
             Tidy(opset=capability.packed.get(narrow, 0)),
             FoldBatchnorm(),
             *_decisions(precision),
+            *((SplitLayers(),) if split else ()),
             RoundWeights(),
             InsertQdq(),
             PadCodes(),
             LowerEmbeddings(),
             UnpackWeights(),
+            *((PackTables(),) if split else ()),
             FuseMatmulBias(),
             SplitSkipLayernorm(),
         )
@@ -53,14 +60,20 @@ def _decisions(precision: Precision) -> tuple[Pass, ...]:
     mode = precision.ranges if precision.activations else "float"
     if not precision.widths:
         calibrate = (Calibrate(weights=precision.weights),) if precision.calibrated else ()
-        return *calibrate, AssignBits(weights=precision.weights, activations=mode)
+        bits = AssignBits(weights=precision.weights, activations=mode, **_split(precision))
+        return *calibrate, bits
     # A budget on time weighs kernels against each other, so all of them are open.
     limits = precision.limits
     timed = limits.seconds is not None or precision.goal == "seconds"
     kernels = "any" if timed else mode
     return (
         *((Calibrate(),) if precision.calibrated else ()),
-        RankWeights(signals=precision.signals, widths=precision.widths, activations=kernels),
+        RankWeights(
+            signals=precision.signals,
+            widths=precision.widths,
+            activations=kernels,
+            **_split(precision),
+        ),
         AssignBits(
             widths=precision.widths,
             method=precision.method,
@@ -71,5 +84,19 @@ def _decisions(precision: Precision) -> tuple[Pass, ...]:
             max_loss=limits.loss,
             trials=precision.trials,
             activations=kernels,
+            **_split(precision),
         ),
     )
+
+
+def _split(precision: Precision) -> dict[str, Any]:
+    """Return the options of deciding passes that split weights."""
+    wish = precision.split
+    if wish is None:
+        return {}
+    return {
+        "split": wish.form,
+        "clusters": wish.clusters,
+        "over": wish.over,
+        "levels": wish.levels,
+    }

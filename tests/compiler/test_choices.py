@@ -9,9 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold.compiler.capability import Capability, Legality
-from fourfold.compiler.choices import Choice, allowed, legal_choices, open_weights
+from fourfold.compiler.choices import (
+    Choice,
+    allowed,
+    legal_choices,
+    open_weights,
+    with_zero_points,
+)
 from fourfold.compiler.errors import RecipeError
-from fourfold.compiler.formats import DTYPES, Format, PerAxis, PerBlock, PerTensor
+from fourfold.compiler.formats import DTYPES, Format, PerAxis, PerBlock, PerTensor, Split
 from fourfold.compiler.graph import readers_of, weights_of
 from fourfold.targets.cpu import Cpu
 
@@ -29,7 +35,8 @@ GRANULARITIES = st.one_of(
 def choices(draw):
     dtype = draw(st.sampled_from(sorted(DTYPES)))
     bits = draw(st.integers(2, DTYPES[dtype].bitwidth))
-    format = draw(st.none() | st.just(Format(dtype, draw(GRANULARITIES), bits)))
+    split = draw(st.sampled_from([None, Split(), Split("branches", 5, PerAxis(1), zero=True)]))
+    format = draw(st.none() | st.just(Format(dtype, draw(GRANULARITIES), bits, split)))
     beside = "float" if format is None else draw(st.sampled_from(["float", *sorted(DTYPES)]))
     return Choice(format, beside)
 
@@ -81,6 +88,8 @@ def test_the_text_of_a_choice():
         "int4:5 per_axis(0) x uint8",
         "int8 per_axis(0) xuint8",
         "int8 per_block(0,0) x float",
+        "int8 per_axis(0) split(codebook,3,per_tensor)",
+        "int8 per_axis(0) x float split(codebook,3,per_tensor)",
         "x uint8",
     ],
 )
@@ -97,6 +106,8 @@ def test_what_is_no_choice(text):
         ("int8:7 per_axis(0) x uint8", 8),  # seven are used, eight are stored
         ("int4:3 per_tensor x float", 4),
         ("int2 per_block(0,32) x float", 2),
+        ("uint2 per_axis(1) split(branches,3,per_tensor,zero) x uint8", 6),
+        ("uint2 per_axis(1) split(codebook,3,per_tensor) x float", 4),
     ],
 )
 def test_bits_are_those_that_are_stored(text, bits):
@@ -111,6 +122,15 @@ def both(granularity, *widths):
     return [f"int{b} {granularity} x {other}" for b in widths for other in ("float", "uint8")]
 
 
+def every(granularity, *widths):
+    """Return those forms with the ones that have zero points; an integer kernel takes 8 bits."""
+    found = []
+    for bits in widths:
+        found += both(granularity, bits)
+        found += [f"u{form}" for form in both(granularity, bits) if bits < 8 or "float" in form]
+    return found
+
+
 @pytest.mark.parametrize(
     ("body", "shape", "x", "granularity"),
     [
@@ -123,19 +143,19 @@ def both(granularity, *widths):
 )
 def test_forms_of_one_reader(body, shape, x, granularity):
     model = model_of(body, ("w", shape), x=x)
-    assert legal(model) == [*both(granularity, 8, 4, 2), "float"]
+    assert legal(model) == [*every(granularity, 8, 4, 2), "float"]
 
 
 @pytest.mark.parametrize(
-    ("body", "shape", "x"),
+    ("body", "shape", "x", "dtypes"),
     [
-        ("y = Gather (w, i)", (8, 64), "int64[n] i"),
-        ("y = ConvTranspose (x, w)", (4, 8, 3, 3), "float[n,4,h,h] x"),
+        ("y = Gather (w, i)", (8, 64), "int64[n] i", ("int",)),
+        ("y = ConvTranspose (x, w)", (4, 8, 3, 3), "float[n,4,h,h] x", ("int", "uint")),
     ],
 )
-def test_ops_without_an_integer_kernel_have_weight_only_forms(body, shape, x):
+def test_ops_without_an_integer_kernel_have_weight_only_forms(body, shape, x, dtypes):
     axis = 0 if "Gather" in body else 1
-    expected = [f"int{bits} per_axis({axis}) x float" for bits in (8, 4, 2)]
+    expected = [f"{d}{bits} per_axis({axis}) x float" for bits in (8, 4, 2) for d in dtypes]
     assert legal(model_of(body, ("w", shape), x=x)) == [*expected, "float"]
 
 
@@ -144,14 +164,11 @@ def test_ops_without_an_integer_kernel_have_weight_only_forms(body, shape, x):
 )
 def test_blocks_are_for_matrices_whose_inner_axis_divides(inner, blocks):
     found = legal(model_of("y = MatMul (x, w)", ("w", (inner, 8))))
-    expected = [
-        *both("per_axis(1)", 8),
-        *both("per_axis(1)", 4),
-        *(f"int4 per_block(0,{size}) x float" for size in blocks),
-        *both("per_axis(1)", 2),
-        *(f"int2 per_block(0,{size}) x float" for size in blocks),
-        "float",
-    ]
+    expected = every("per_axis(1)", 8)
+    for form in ("int4", "uint4", "int2", "uint2"):
+        expected += [f"{form} per_axis(1) x {other}" for other in ("float", "uint8")]
+        expected += [f"{form} per_block(0,{size}) x float" for size in blocks]
+    expected.append("float")
     assert found == expected
 
 
@@ -159,7 +176,7 @@ def test_a_cpu_of_seven_bits():
     model = model_of("y = MatMul (x, w)", ("w", (16, 8)))
     found = legal(model, Cpu(isa="avx2").capability)
     assert found[:2] == ["int8:7 per_axis(1) x float", "int8:7 per_axis(1) x uint8"]
-    assert found[2:] == [*both("per_axis(1)", 4, 2), "float"]
+    assert found[2:] == ["uint8:7 per_axis(1) x float", *every("per_axis(1)", 4, 2), "float"]
     assert "int8 per_axis(1) x int8" in legal(model, Cpu(isa="arm64").capability)
 
 
@@ -167,7 +184,7 @@ def test_a_cpu_of_seven_bits():
 def test_readers_along_two_axes_share_one_scale(other):
     body = f"a = {other} (x, w) y = Gemm <transB = 1> (a, w)"
     found = legal(model_of(body, ("w", (64, 64))))
-    assert found == [*both("per_tensor", 8, 4, 2), "float"]
+    assert found == [*every("per_tensor", 8, 4, 2), "float"]
 
 
 def test_readers_along_one_axis_keep_its_scales_and_blocks():
@@ -176,7 +193,7 @@ def test_readers_along_one_axis_keep_its_scales_and_blocks():
     assert "int4 per_block(0,32) x float" in found
     # A Gemm has no blocks, so there are none in common.
     mixed = legal(model_of("a = MatMul (x, w) y = Gemm (a, w)", ("w", (64, 64))))
-    assert mixed == [*both("per_axis(1)", 8, 4, 2), "float"]
+    assert mixed == [*every("per_axis(1)", 8, 4, 2), "float"]
 
 
 def test_a_table_that_is_the_last_layer_too():
@@ -250,10 +267,10 @@ TABLE = model_of(
 )
 
 
-def opened(widths, activations, capability=CPU):
+def opened(widths, activations, capability=CPU, affine=False):
     return {
         one.name: [str(choice) for choice in one.choices]
-        for one in open_weights(TABLE, capability, widths, activations)
+        for one in open_weights(TABLE, capability, widths, activations, affine)
     }
 
 
@@ -283,6 +300,52 @@ def test_any_kernel():
         *both("per_axis(1)", 8, 4),
         "int4 per_block(0,32) x float",
     }
+
+
+def test_zero_points_where_they_are_asked_for_and_there_are_any():
+    """Eight bits have none, and an embedding has none."""
+    assert opened((8, 4, 2), "auto", affine=True) == {
+        "table": [f"int{bits} per_axis(0) x float" for bits in (8, 4, 2)],
+        "w": [f"{form} per_axis(1) x uint8" for form in ("int8", "uint4", "uint2")],
+        "v": [f"{form} per_axis(0) x uint8" for form in ("int8", "uint4", "uint2")],
+    }
+    assert opened((8, 4, 32), "float", affine=True)["w"] == [
+        "int8 per_axis(1) x float",
+        "uint4 per_axis(1) x float",
+        "float",
+    ]
+    assert set(opened((4, 32), "any", affine=True)["w"]) == {
+        "float",
+        "uint4 per_axis(1) x float",
+        "uint4 per_axis(1) x uint8",
+        "uint4 per_block(0,32) x float",
+    }
+
+
+def test_a_width_has_zero_points_or_none():
+    choices = [
+        Choice.parse(text)
+        for text in (
+            "int8 per_axis(1) x uint8",
+            "uint8 per_axis(1) x float",
+            "int4 per_axis(1) x float",
+            "int4 per_axis(1) x uint8",
+            "uint4 per_axis(1) x float",
+            "int2 per_axis(1) x float",
+            "float",
+        )
+    ]
+    signed = [c for c in choices if not str(c).startswith("u")]
+    assert with_zero_points(choices, affine=False) == signed
+    found = [str(c) for c in with_zero_points(choices, affine=True)]
+    assert found == [  # no form with zero points: the signed one stays
+        "int8 per_axis(1) x uint8",
+        "int4 per_axis(1) x uint8",
+        "uint4 per_axis(1) x float",
+        "int2 per_axis(1) x float",
+        "float",
+    ]
+    assert with_zero_points([Choice()], affine=True) == [Choice()]
 
 
 def test_the_widths_that_are_asked_for():

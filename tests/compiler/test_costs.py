@@ -9,9 +9,20 @@ from hypothesis import strategies as st
 
 from fourfold.compiler import notes
 from fourfold.compiler.choices import Choice, legal_choices
-from fourfold.compiler.costs import Workload, fits, multiply_adds, stored_bytes
-from fourfold.compiler.graph import weight_of
+from fourfold.compiler.costs import (
+    Workload,
+    fits,
+    groups,
+    kernels_of,
+    multiply_adds,
+    stored_bytes,
+)
+from fourfold.compiler.formats import Format, PerAxis, PerBlock, PerTensor
+from fourfold.compiler.graph import weight_of, weights_of
+from fourfold.compiler.quantizers import symmetric_scale
+from fourfold.passes.pack_tables import PackTables
 from fourfold.passes.round_weights import RoundWeights
+from fourfold.passes.split_layers import SplitLayers
 from fourfold.targets.cpu import Cpu
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
@@ -187,10 +198,115 @@ def weight_named(model, name):
         ("int4 per_axis(1) x uint8", 96 * 10 // 2 + 4 * 10),
         ("int2 per_block(0,32) x float", 96 * 10 // 4 + 4 * 3 * 10),
         ("int4 per_block(0,128) x float", 96 * 10 // 2 + 4 * 10),
+        # Branches: codes and scales of each.
+        ("uint2 per_axis(1) split(branches,3,per_tensor,zero) x uint8", 3 * (240 + 4 * 10)),
+        ("uint4 per_tensor split(branches,2,per_axis(1),zero) x float", 2 * (480 + 4)),
+        # Tables of floats: 12 values, or 10 that share the zero, where scales or clusters differ.
+        ("uint2 per_tensor split(codebook,3,per_tensor) x float", 480 + 4 * 12),
+        ("uint2 per_axis(1) split(codebook,3,per_tensor) x float", 480 + 4 * 12 * 10),
+        ("uint2 per_tensor split(codebook,3,per_axis(1)) x float", 480 + 4 * 12 * 10),
+        ("uint2 per_axis(1) split(codebook,3,per_tensor,zero) x float", 480 + 4 * 10 * 10),
+        ("uint2 per_axis(1) split(codebook,3,per_block(0,32)) x float", 480 + 4 * 12 * 30),
+        ("uint2 per_block(0,32) split(codebook,3,per_tensor) x float", 480 + 4 * 12 * 30),
+        ("uint4 per_tensor split(codebook,3,per_tensor) x float", 960 + 4 * 48),
+        # Means have no scale: the clusters alone count.
+        ("uint4 per_axis(1) split(codebook,16,per_tensor,levels=1) x float", 480 + 4 * 16),
+        ("uint2 per_tensor split(codebook,4,per_axis(1),levels=1) x float", 240 + 4 * 4 * 10),
+        # Tables of codes, and the scales of the grid.
+        ("uint2 per_axis(1) split(int8-grid,3,per_tensor) x uint8", 480 + 12 * 10 + 4 * 10),
+        ("uint2 per_tensor split(int8-grid,16,per_tensor,levels=1) x uint8", 480 + 16 + 4),
+        # The runtime's own block-wise form.
+        ("uint2 per_axis(1) split(nearest,3,per_tensor) x float", 480 + 4 * 30),
     ],
 )
 def test_stored_bytes_of_codes_and_scales(text, expected):
     assert stored_bytes(Workload("MatMul", (96, 10), (1, 96)), Choice.parse(text)) == expected
+
+
+FORMS = [
+    "uint2 per_axis({0}) split(branches,3,per_tensor,zero) x float",
+    "uint4 per_tensor split(branches,2,per_axis({0}),zero) x float",
+    "uint2 per_axis({0}) split(codebook,3,per_axis({0})) x float",
+    "uint2 per_tensor split(codebook,3,per_tensor,zero) x float",
+    "uint2 per_tensor split(codebook,16,per_tensor,levels=1) x float",
+    "uint2 per_tensor split(int8-grid,16,per_tensor,levels=1) x uint8",
+    "uint2 per_axis({0}) split(int8-grid,3,per_axis({0})) x uint8",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_stored_bytes_of_a_split_weight_are_those_of_the_tensors(zoo, context, form):
+    """A table may have a value less than was reckoned with, where two of them are one."""
+    for make in zoo.values():
+        for name in [str(value.name) for value in weights_of(make())]:
+            model = make()
+            reader = weight_named(model, name)
+            choice = Choice.parse(form.format(reader.axis))
+            notes.write(reader.value, format=choice.format, mode="static", activation="float")
+            for one in (SplitLayers(), RoundWeights(), PackTables()):
+                one.run(model, context)
+            sizes = {
+                label: tensor.const_value.nbytes
+                for label, tensor in model.graph.initializers.items()
+                if label.startswith(f"{name}_")
+                and not label.endswith(("zero_point", "bias"))
+                and tensor.dtype != ir.DataType.INT64
+            }
+            if choice.format.split.form != "branches" and not any("index" in n for n in sizes):
+                continue  # no table would be smaller
+            assert sizes
+            reckoned = stored_bytes(Workload.of(reader, (1, 8, 8, 8)), choice)
+            exact = "branches" in form or "codebook,16" in form
+            assert sum(sizes.values()) == reckoned if exact else sum(sizes.values()) <= reckoned
+            assert reckoned <= 1.25 * sum(sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("granularity", "shape", "count"),
+    [
+        (PerTensor(), (4, 6), 1),
+        (PerAxis(1), (4, 6), 6),
+        (PerAxis(0), (4, 6, 3, 3), 4),
+        (PerBlock(0, 2), (4, 6), 12),
+        (PerBlock(1, 4), (4, 6), 8),  # the second of a row is shorter
+        (PerBlock(1, 32), (4, 6), 4),
+    ],
+)
+def test_groups_are_as_many_as_scales(granularity, shape, count):
+    assert groups(shape, granularity) == count
+    scale = symmetric_scale(np.ones(shape, np.float32), Format("int8", granularity))
+    assert scale.size == count
+
+
+@pytest.mark.parametrize(
+    ("text", "kernels"),
+    [
+        ("float", ["float"]),
+        ("int4 per_axis(1) x uint8", ["int4 per_axis(1) x uint8"]),
+        (
+            "uint2 per_axis(1) split(branches,3,per_tensor,zero) x uint8",
+            ["uint2 per_axis(1) x uint8"] * 3,
+        ),
+        (
+            "uint2 per_axis(1) split(branches,5,per_axis(1),zero) x float",
+            ["uint2 per_axis(1) x float"] * 5,
+        ),
+        ("uint2 per_axis(1) split(codebook,3,per_tensor) x float", ["float"]),
+        ("uint2 per_axis(1) split(int8-grid,3,per_tensor) x uint8", ["int8 per_axis(1) x uint8"]),
+        (
+            "uint2 per_axis(1) split(int8-grid,3,per_tensor,grid=7) x uint8",
+            ["int8:7 per_axis(1) x uint8"],
+        ),
+        (
+            "uint2 per_axis(1) split(nearest,3,per_tensor) x float",
+            ["int4 per_block(0,32) x float"],
+        ),
+    ],
+)
+def test_kernels_of_a_choice(text, kernels):
+    """Tables are folded at load: what runs is the kernel of the weight that comes out."""
+    reader = node_of("(float[1,64] x, float[64,8] w) => (float[1,8] y) { y = MatMul (x, w) }")
+    assert [str(kernel) for kernel in kernels_of(Choice.parse(text), reader)] == kernels
 
 
 def test_every_choice_of_the_cpu_has_a_size():

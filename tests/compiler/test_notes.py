@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fourfold.compiler import notes
 from fourfold.compiler.errors import ModelError, RecipeError
-from fourfold.compiler.formats import Format, PerAxis
+from fourfold.compiler.formats import Format, PerAxis, Split
 from fourfold.compiler.model import load, save
 from fourfold.compiler.notes import EMPTY, KEY, Note
 
@@ -22,7 +22,14 @@ FIGURES = st.none() | st.dictionaries(st.text(max_size=5), FLOATS, max_size=3)
 COUNTS = st.none() | st.integers(0, 1 << 50)
 NOTES = st.builds(
     Note,
-    format=st.sampled_from([None, Format("uint8"), Format("int8", PerAxis(1), 7)]),
+    format=st.sampled_from(
+        [
+            None,
+            Format("uint8"),
+            Format("int8", PerAxis(1), 7),
+            Format("uint2", PerAxis(1), split=Split("int8-grid", 16, PerAxis(1), 1, grid=7)),
+        ]
+    ),
     mode=st.sampled_from([None, "static", "dynamic", "float"]),
     low=NUMBERS,
     high=NUMBERS,
@@ -36,6 +43,8 @@ NOTES = st.builds(
     bytes=COUNTS,
     seconds=NUMBERS,
     cost_source=st.sampled_from([None, "measured", "nearest", "shipped"]),
+    split=st.none() | st.text(max_size=5),
+    part=st.none() | st.text(max_size=5),
     why=st.none() | st.text(max_size=20),
 )
 
@@ -81,11 +90,24 @@ def test_json_of_a_note():
     assert note.as_json() == {"format": "int8 per_axis(0)", "mode": "static", "low": -1.0}
 
 
+def test_json_of_a_part():
+    whole = Format("uint2", PerAxis(1), split=Split("branches", zero=True))
+    note = Note(format=whole.plain, split=str(whole), part="w")
+    assert note.as_json() == {
+        "format": "uint2 per_axis(1)",
+        "split": "uint2 per_axis(1) split(branches,3,per_tensor,zero)",
+        "part": "w",
+    }
+    assert Note(format=whole).as_json() == {"format": note.split}
+
+
 def test_json_of_a_hand_edited_plan_is_checked():
     with pytest.raises(RecipeError, match="'hihg'; did you mean 'high'"):
         Note.from_json({"low": 0.0, "hihg": 1.0})
     with pytest.raises(RecipeError, match="not a format: 'int8'"):
         Note.from_json({"format": "int8"})
+    with pytest.raises(RecipeError, match=r"not a split: 'split\(codebook\)'"):
+        Note.from_json({"format": "uint2 per_tensor split(codebook)"})
 
 
 NAN, INF = float("nan"), float("inf")
@@ -108,6 +130,8 @@ NAN, INF = float("nan"), float("inf")
         ("importance", {"lim": "high"}),
         ("losses", {"float": NAN}),
         ("losses", {8: 0.0}),
+        ("split", 3),
+        ("part", 0),
         ("why", ["because"]),
     ],
 )

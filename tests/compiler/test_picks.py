@@ -1,5 +1,6 @@
 """One width for all, plans that are obeyed, and the notes that come of them."""
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import ShapeInferencePass
@@ -12,7 +13,7 @@ from fourfold.compiler.costs import Cost
 from fourfold.compiler.errors import RecipeError
 from fourfold.compiler.formats import Format, PerAxis
 from fourfold.compiler.graph import readers_of, values, weights_of
-from fourfold.compiler.picks import Pick, obeyed, told, uniform, write
+from fourfold.compiler.picks import Pick, obeyed, stored, told, uniform, write
 from fourfold.targets.cpu import Cpu
 
 CPU = Cpu(isa="vnni").capability
@@ -122,6 +123,63 @@ def test_every_pick_is_legal(zoo):
                     assert picks[str(value.name)].choice in legal
 
 
+@pytest.mark.parametrize(
+    ("bits", "form"),
+    [(8, "int8"), (6, "int8:6"), (4, "uint4"), (3, "uint4:3"), (2, "uint2")],
+)
+@pytest.mark.parametrize("activations", ["auto", "float"])
+def test_zero_points_where_they_are_asked_for(model, bits, form, activations):
+    """Eight bits have none, and an embedding has none."""
+    picks = uniform(model, CPU, bits, activations, frozenset(), affine=True)
+    other = "float" if activations == "float" else "uint8"
+    assert str(picks["w"].choice) == f"{form} per_axis(1) x {other}"
+    assert str(picks["v"].choice) == f"{form} per_tensor x {other}"
+    assert str(picks["table"].choice) == f"{form.removeprefix('u')} per_axis(0) x float"
+
+
+BLOCKS = """<ir_version: 10, opset_import: ["" : 21]>
+g (float[n,64] x, float[64,4] w, float[4,64] v, float[4,64] u) => (y) {
+    [first] a = MatMul (x, w) [second] b = MatMul (a, v) [third] y = Gemm <transB = 1> (b, u)
+}"""
+
+
+@pytest.fixture
+def blocks():
+    """MatMuls of 64 and of 4 inner elements, and a Gemm, whose kernel has no blocks."""
+    parsed = ir.from_onnx_text(BLOCKS)
+    for value in list(parsed.graph.inputs)[1:]:
+        value.const_value = ir.tensor(np.ones(value.shape.numpy(), np.float32), name=value.name)
+        parsed.graph.inputs.remove(value)
+        parsed.graph.register_initializer(value)
+    return parsed
+
+
+@pytest.mark.parametrize(
+    ("block", "affine", "form"),
+    [
+        (32, False, "int4 per_block(0,32)"),
+        (32, True, "uint4 per_block(0,32)"),
+        (64, False, "int4 per_axis(1)"),  # no kernel of that size
+        (128, False, "int4 per_axis(1)"),  # the axis is shorter
+        (0, False, "int4 per_axis(1)"),
+        (0, True, "uint4 per_axis(1)"),
+    ],
+)
+def test_scales_for_blocks_where_they_are_legal(blocks, block, affine, form):
+    picks = uniform(blocks, CPU, 4, "float", frozenset(), affine, block)
+    sign = "u" if affine else ""
+    assert {name: str(pick.choice) for name, pick in picks.items()} == {
+        "w": f"{form} x float",
+        "v": f"{sign}int4 per_axis(1) x float",
+        "u": f"{sign}int4 per_axis(0) x float",
+    }
+
+
+def test_eight_bits_have_no_blocks(blocks):
+    picks = uniform(blocks, CPU, 8, "float", frozenset(), block=32)
+    assert str(picks["w"].choice) == "int8 per_axis(1) x float"
+
+
 # A plan
 
 
@@ -176,7 +234,8 @@ def test_a_plan_that_does_not_say_what_the_kernel_reads_gets_what_fits(model):
     [
         {"mode": "static", "format": "int8 per_axis(0)"},
         {"mode": "static", "format": "int8 per_axis(-1)"},
-        {"mode": "static", "format": "uint8 per_axis(1)"},
+        {"mode": "static", "format": "uint8 per_axis(1)", "activation": "uint8"},
+        {"mode": "static", "format": "uint4 per_axis(0)"},
         {"mode": "static", "format": "int16 per_axis(1)"},
         {"mode": "static", "format": "int8 per_axis(1)", "activation": "int8"},
         {"mode": "static", "format": "int4 per_block(0,32)", "activation": "uint8"},
@@ -187,6 +246,66 @@ def test_a_form_that_is_not_legal_is_refused_with_those_that_are(model, fields):
         obeyed(planned(model, w=fields), CPU)
     legal = legal_choices(readers_of(model.graph.initializers["w"]), CPU)
     assert str(error.value).endswith(f"legal: {', '.join(map(str, legal))}")
+
+
+BRANCHES = "uint2 per_axis(1) split(branches,3,per_tensor,zero)"
+GRID = "uint4 per_axis(1) split(int8-grid,16,per_axis(1),levels=1)"
+TABLE = "uint2 per_axis(1) split(codebook,3,per_tensor)"
+NEAR = "uint2 per_axis(1) split(nearest,3,per_tensor)"
+
+
+@pytest.mark.parametrize(
+    ("text", "activation", "taken"),
+    [
+        (BRANCHES, "float", True),
+        (BRANCHES, "uint8", True),
+        (GRID, "float", True),
+        (GRID, "uint8", True),
+        (TABLE, "float", True),
+        (TABLE, "uint8", False),  # a table of floats makes a float kernel
+        (NEAR, "float", True),
+        (NEAR, "uint8", False),
+        ("uint2 per_axis(0) split(branches,3,per_tensor,zero)", "uint8", False),
+        ("uint2 per_axis(1) split(branches,3,per_tensor,zero)", "int8", False),
+    ],
+)
+def test_a_split_plan_is_held_to_what_runs_its_parts(model, text, activation, taken):
+    note = {"mode": "static", "format": text, "activation": activation}
+    if taken:
+        found = obeyed(planned(model, w=note), CPU)["w"].choice
+        assert found == Choice(Format.parse(text), activation)
+        return
+    with pytest.raises(RecipeError, match="plan: weight 'w' cannot be uint2 per_axis"):
+        obeyed(planned(model, w=note), CPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "container", "least"),
+    [
+        ("int2 per_axis(1)", "int2", 25),
+        ("uint2 per_axis(1)", "uint2", 25),
+        ("uint4 per_axis(1)", "uint4", 21),
+        (BRANCHES, "uint2", 25),
+        (TABLE, "uint4", 21),  # indices of four bits name the values of parts of two
+        ("uint4 per_axis(1) split(codebook,4,per_tensor,levels=1)", "uint2", 25),
+        (NEAR, "int4", 21),
+    ],
+)
+def test_a_plan_needs_an_opset_that_stores_its_weights(model, text, container, least):
+    note = {"mode": "static", "format": text, "activation": "float"}
+    planned(model, w=note)
+    for opset in (20, 21, 24, 25):
+        model.graph.opset_imports[""] = opset
+        if opset >= least:
+            assert stored(model, CPU)["w"].choice.format == Format.parse(text)
+            continue
+        with pytest.raises(RecipeError) as error:
+            stored(model, CPU)
+        assert str(error.value) == (
+            f"plan: weight 'w' cannot be stored in {container}: it takes opset {least}, and the "
+            f"plan's passes lead to {opset}; write tidy{{opset={least}}} where the plan says "
+            "`before`"
+        )
 
 
 def test_a_plan_of_another_class_of_cpu_is_refused_where_it_would_saturate(model):
@@ -278,6 +397,8 @@ def test_the_average_counts_elements_of_the_weights_that_were_picked(model):
     assert found == Decision("milp", (6 * 8 + 4 * 2) / 10)
     seven = picks_of(w=("int8:7 per_axis(1) x uint8", None), v=("float", None))
     assert told(model, seven, Decision("milp", 0.0)).average_bits == (4 * 8 + 4 * 32) / 8
+    parts = picks_of(w=(f"{BRANCHES} x float", None), v=(f"{TABLE} x float", None))
+    assert told(model, parts, Decision("milp", 0.0)).average_bits == (4 * 6 + 4 * 4) / 8
     assert told(model, {}, Decision("plan", 3.0)) == Decision("plan", 0.0)
     assert told(model, picks_of(other=eight), Decision("plan", 3.0)).average_bits == 0
 

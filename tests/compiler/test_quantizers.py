@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,10 +10,13 @@ from fourfold.compiler.formats import Format, PerAxis, PerBlock, PerTensor
 from fourfold.compiler.quantizers import (
     SCALE_FLOOR,
     affine_parameters,
+    affine_scale,
     dequantize_affine,
+    dequantize_shifted,
     dequantize_symmetric,
     grouped_max,
     quantize_affine,
+    quantize_shifted,
     quantize_symmetric,
     spread,
     symmetric_scale,
@@ -19,6 +24,9 @@ from fourfold.compiler.quantizers import (
 
 FORMATS = st.sampled_from(
     [Format("uint8"), Format("int8"), Format("int8", bits=7), Format("uint4"), Format("int4")]
+)
+SHIFTED = st.sampled_from(
+    [Format("uint8"), Format("uint8", bits=5), Format("uint4"), Format("uint2")]
 )
 ENDS = st.floats(-1e6, 1e6, width=32)
 # Bounded away from zero, where the scale's floor would rule; that has tests of its own.
@@ -195,6 +203,97 @@ def test_per_block_is_per_axis_on_each_block(weights, size, axis):
             assert line_codes[start : start + size].tolist() == expected[0].tolist()
 
 
+# Ranges of a whole group: zero points as whole numbers in floats.
+
+
+@given(WEIGHTS, SHIFTED)
+def test_a_range_for_the_whole_is_that_of_the_activations_quantizer(weights, format):
+    scale, zero_point = affine_scale(weights, format)
+    expected = affine_parameters(weights.min(), weights.max(), format)
+    assert (scale, zero_point) == expected
+    assert scale.dtype == zero_point.dtype == np.float32
+    codes = quantize_shifted(weights, scale, zero_point, format)
+    np.testing.assert_array_equal(codes, quantize_affine(weights, *expected, format))
+    back = dequantize_shifted(codes, scale, zero_point, format)
+    np.testing.assert_array_equal(back, dequantize_affine(codes, *expected))
+
+
+@given(WEIGHTS, SHIFTED, st.integers(0, 3))
+def test_each_channel_has_a_range_of_its_own(weights, format, axis):
+    axis %= weights.ndim
+    scale, zero_point = affine_scale(weights, replace(format, granularity=PerAxis(axis)))
+    assert scale.shape == zero_point.shape == (weights.shape[axis],)
+    for number, channel in enumerate(np.moveaxis(weights, axis, 0)):
+        expected = affine_parameters(channel.min(), channel.max(), format)
+        assert (scale[number], zero_point[number]) == expected
+
+
+@given(WEIGHTS, SHIFTED, st.integers(0, 3), st.integers(1, 5))
+def test_each_block_has_a_range_of_its_own(weights, format, axis, size):
+    axis %= weights.ndim
+    scale, zero_point = affine_scale(weights, replace(format, granularity=PerBlock(axis, size)))
+    blocks = -(-weights.shape[axis] // size)
+    assert scale.shape == zero_point.shape
+    assert scale.shape == tuple(blocks if n == axis else d for n, d in enumerate(weights.shape))
+    rows = np.moveaxis(weights, axis, -1).reshape(-1, weights.shape[axis])
+    pairs = (np.moveaxis(one, axis, -1).reshape(-1, blocks) for one in (scale, zero_point))
+    for row, scales, zeros in zip(rows, *pairs, strict=True):
+        for number in range(blocks):
+            block = row[number * size : (number + 1) * size]
+            expected = affine_parameters(block.min(), block.max(), format)
+            assert (scales[number], zeros[number]) == expected
+
+
+@given(WEIGHTS, SHIFTED, st.sampled_from([PerTensor(), PerAxis(0), PerBlock(1, 3)]))
+def test_shifted_codes_keep_zero_and_are_within_half_a_step(weights, format, granularity):
+    format = replace(format, granularity=granularity)
+    scale, zero_point = affine_scale(weights, format)
+    codes = quantize_shifted(weights, scale, zero_point, format)
+    assert (codes.shape, codes.dtype) == (weights.shape, np.uint8)
+    least, greatest = format.codes
+    assert least <= codes.min() <= codes.max() <= greatest
+    back = dequantize_shifted(codes, scale, zero_point, format)
+    assert back.dtype == np.float32
+    assert (back[weights == 0] == 0).all()
+    step = np.broadcast_to(spread(scale, weights.shape, format), weights.shape)
+    assert (np.abs(back.astype(np.float64) - weights) <= step * (0.5 + 1e-3)).all()
+
+
+def test_shifted_golden():
+    """Three parts of a weight of 2 bits, by hand."""
+    format = Format("uint2")
+    parts = np.float32([[-2, 0, 0, 0], [-0.5, 0.1, 0.3, 0.4], [1.8, 2.2, 0, 0]])
+    found = [affine_scale(part, format) for part in parts]
+    assert [float(zero) for _, zero in found] == [3, 2, 0]
+    assert [scale for scale, _ in found] == [np.float32(x) for x in (2 / 3, 0.3, 2.2 / 3)]
+    codes = [quantize_shifted(p, *one, format) for p, one in zip(parts, found, strict=True)]
+    assert [one.tolist() for one in codes] == [[0, 3, 3, 3], [0, 2, 3, 3], [2, 3, 0, 0]]
+    scale, zero_point = affine_scale(parts, replace(format, granularity=PerAxis(0)))
+    assert scale.tolist() == [one for one, _ in found]
+    assert zero_point.tolist() == [3, 2, 0]
+
+
+def test_a_group_without_a_range():
+    zeros = np.zeros((2, 3), np.float32)
+    scale, zero_point = affine_scale(zeros, Format("uint4", PerAxis(0)))
+    assert (scale.tolist(), zero_point.tolist()) == ([1, 1], [0, 0])
+    tiny = np.float32([[-1e-38, 1e-38], [0, 1e-38]])
+    scale, zero_point = affine_scale(tiny, Format("uint4", PerAxis(0)))
+    assert (scale == SCALE_FLOOR).all()
+    assert zero_point.tolist() == [0, 0]
+
+
+def test_the_widest_range():
+    """The difference of both ends is beyond float32; the scale is not."""
+    weights = np.float32([[-3e38, 3e38, 1e38, 0]])
+    scale, zero_point = affine_scale(weights, Format("uint4"))
+    codes = quantize_shifted(weights, scale, zero_point, Format("uint4"))
+    assert codes.tolist() == [[0, 15, 10, 8]]
+    back = dequantize_shifted(codes, scale, zero_point, Format("uint4"))
+    assert np.isfinite(back).all()
+    assert back[0, 3] == 0
+
+
 @pytest.mark.parametrize(
     ("granularity", "shape"),
     [
@@ -214,6 +313,8 @@ def test_shapes_of_scales(granularity, shape):
     back = dequantize_symmetric(quantize_symmetric(weights, scale, format), scale, format)
     assert back.shape == weights.shape
     assert back == pytest.approx(weights, abs=float(scale.max()))
+    shifted = affine_scale(weights, Format("uint8", granularity))
+    assert [one.shape for one in shifted] == [shape, shape]
 
 
 def test_grouped_max():
@@ -221,3 +322,28 @@ def test_grouped_max():
     assert grouped_max(values, Format("int8")) == 5
     assert grouped_max(values, Format("int8", PerAxis(1))).tolist() == [4, 5, 2]
     assert grouped_max(values, Format("int8", PerBlock(1, 2))).tolist() == [[5, 2], [4, 0]]
+
+
+@pytest.mark.parametrize(
+    ("granularity", "expected"),
+    [
+        (PerTensor(), -1),
+        (PerAxis(0), [-1, -4]),
+        (PerAxis(1), [-1, -5, -2]),
+        (PerBlock(1, 2), [[-1, -2], [-4, -6]]),
+    ],
+)
+def test_grouped_max_of_negative_values(granularity, expected):
+    values = np.array([[-1, -5, -2], [-4, -8, -6]], np.float32)
+    format = Format("int8", granularity)
+    assert grouped_max(values, format, -np.inf).tolist() == expected
+    assert grouped_max(values, format, -2.0).tolist() == np.maximum(expected, -2).tolist()
+    assert not grouped_max(values, format).any()  # a range holds zero
+
+
+def test_grouped_max_of_groups_without_members():
+    nothing = np.full((2, 3), -np.inf, np.float32)
+    for granularity in (PerTensor(), PerAxis(0), PerBlock(1, 2)):
+        found = grouped_max(nothing, Format("int8", granularity), -np.inf)
+        assert (found == -np.inf).all()
+        assert found.dtype == np.float32

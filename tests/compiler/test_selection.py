@@ -15,6 +15,7 @@ from fourfold.compiler.costs import Cost, Workload, stored_bytes
 from fourfold.compiler.errors import BudgetError, RecipeError, UnsupportedError
 from fourfold.compiler.selection import (
     TRUSTED,
+    cost_of,
     forms_of,
     items_of,
     order_of,
@@ -92,6 +93,38 @@ def test_the_time_of_all_readers_together_by_the_weakest_source(context):
         ("MatMul", (2, 4)),
         ("Gemm", (3, 4)),
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "kernels"),
+    [
+        ("uint2 per_axis(1) split(branches,3,per_tensor,zero) x uint8", ["uint2 per_axis(1)"] * 3),
+        ("uint2 per_axis(1) split(int8-grid,3,per_tensor) x uint8", ["int8 per_axis(1)"]),
+        ("uint2 per_axis(1) split(codebook,3,per_tensor) x float", []),
+    ],
+)
+def test_the_time_of_a_split_form_is_that_of_its_kernels(weights, context, text, kernels):
+    asked = []
+
+    def cost(work, choice):
+        asked.append(str(choice))
+        return Cost(7, 0.25 * choice.bits, "nearest")
+
+    choice = Choice.parse(text)
+    expected = [f"{kernel} x uint8" for kernel in kernels] or ["float"]
+    found = cost_of(weights[0], choice, replace(context, cost=cost), {"fc1": (1, 16)})
+    assert asked == expected
+    seconds = sum(0.25 * Choice.parse(kernel).bits for kernel in expected)
+    size = stored_bytes(Workload.of(weights[0].readers[0], ()), choice)
+    assert found == Cost(size, seconds, "nearest")
+    assert cost_of(weights[0], choice, context, {"fc1": (1, 16)}) == Cost(size)
+
+
+def test_a_split_form_of_which_one_kernel_is_unknown_has_no_time(weights, context):
+    times = iter([0.5, None, 0.5])
+    around = replace(context, cost=lambda work, choice: Cost(1, next(times), "measured"))
+    choice = Choice.parse("uint2 per_axis(1) split(branches,3,per_tensor,zero) x uint8")
+    assert cost_of(weights[0], choice, around, {"fc1": (1, 16)}).seconds is None
 
 
 # Items
