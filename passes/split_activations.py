@@ -22,6 +22,7 @@ import onnx_ir as ir
 from pydantic import Field
 
 from ..compiler import constants, notes
+from ..compiler.branches import branch
 from ..compiler.contract import Context, Pass
 from ..compiler.graph import Weight, is_constant, is_standard, sole_consumer, weight_of
 from ..compiler.weights import opened
@@ -215,7 +216,7 @@ def _split(site: _Site, sizes: list[int], graph: ir.Graph) -> list[ir.Value]:
     split = ir.node(
         "Split", [source, lengths], {"axis": site.axis}, num_outputs=len(sizes), name=name
     )
-    for number, (chunk, size) in enumerate(zip(split.outputs, sizes, strict=True), 1):
+    for number, (chunk, size) in enumerate(zip(split.outputs, sizes, strict=True)):
         chunk.name = constants.free(graph, f"{name}_{number}")
         chunk.type = source.type
         if source.shape is not None:
@@ -235,7 +236,7 @@ def _apply(
     if slope is not None and axis is not None and _runs_along(slope, axis):
         slopes[:] = _slices(slope, axis, sizes, graph)
     found = []
-    for number, (chunk, own) in enumerate(zip(chunks, slopes, strict=True), 1):
+    for number, (chunk, own) in enumerate(zip(chunks, slopes, strict=True)):
         now = {slope: own, site.source: chunk}
         for node in site.nodes:
             inputs = [now.get(value, value) for value in node.inputs]
@@ -246,21 +247,10 @@ def _apply(
 
 def _sum(reader: Weight, chunks: list[ir.Value], sizes: list[int], graph: ir.Graph) -> None:
     """Replace a layer by the sum of its parts, the first of which adds the bias."""
-    node, old = reader.node, reader.node.outputs[0]
     # Of a weight's first two axes, the one that is not the output's is summed over.
     weights = _slices(reader.value, 1 - reader.axis, sizes, graph)
-    total = _copy(node, [chunks[0], weights[0], *node.inputs[2:]], 1, old, node)
-    for number in range(2, len(chunks) + 1):
-        part = _copy(node, [chunks[number - 1], weights[number - 1]], number, old, node)
-        name = constants.free(graph, f"{_name(node)}_sum_{number}")
-        add = constants.make_node("Add", [total, part], name, old, output=name)
-        graph.insert_before(node, add)
-        total = add.outputs[0]
-    name = str(old.name)
-    ir.convenience.replace_all_uses_with(old, total, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    old.name = f"{name}_whole"
-    total.name = name
+    bias = reader.node.inputs[2] if len(reader.node.inputs) > 2 else None
+    branch(graph, reader.node, weights, [bias, *[None] * (len(chunks) - 1)], chunks)
     _drop_unread(reader.value, graph)
 
 
@@ -273,8 +263,6 @@ def _copy(
     name = constants.free(graph, f"{_name(node)}_part_{number}")
     made = constants.make_node(node.op_type, inputs, name, like, output=name)
     made.attributes.update(node.attributes)
-    if node.op_type == "Gemm" and len(inputs) < 3:
-        made.attributes.pop("beta", None)  # it scales the bias
     graph.insert_before(before, made)
     return made.outputs[0]
 
@@ -291,7 +279,7 @@ def _slices(value: ir.Value, axis: int, sizes: list[int], graph: ir.Graph) -> li
         # Copies: a view would keep a file of weights mapped.
         pieces = [piece.copy() for piece in np.split(array, ends, axis)]
     name = value.name
-    return [constants.add(graph, f"{name}_slice_{n}", p) for n, p in enumerate(pieces, 1)]
+    return [constants.add(graph, f"{name}_slice_{n}", p) for n, p in enumerate(pieces)]
 
 
 def _drop_unread(value: ir.Value | None, graph: ir.Graph) -> None:

@@ -253,6 +253,15 @@ def test_clusters_of_a_normal_weight():
     assert np.unique(whole(NORMAL, OWN)).size == 12
 
 
+@pytest.mark.parametrize("levels", [2, 3, 5, 9])
+def test_levels_of_a_part(levels):
+    """They do not hang on the bits, and each more of them is worth something."""
+    text = f"uint2 per_tensor split(codebook,3,per_tensor,levels={levels})"
+    assert np.unique(whole(NORMAL, Format.parse(text))).size == 3 * levels
+    more = text.replace(f"={levels}", f"={levels + 1}")
+    assert decibels(NORMAL, more) > decibels(NORMAL, text) + 0.4
+
+
 # Parts
 
 

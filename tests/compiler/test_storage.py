@@ -179,6 +179,18 @@ def test_rows_of_an_embedding_have_scales(bits, context):
     assert stored_bits(made) == Stored(bits, 0, 32 / 16)
 
 
+def test_an_embedding_of_indices_has_tables_and_scales(context):
+    text = f"{HEADER} g (int64[n] x, float[50,64] table) => (float[n,64] y)"
+    model = filled(ir.from_onnx_text(f"{text} {{ y = Gather (table, x) }}"))
+    first = 'assign-bits{weights=2 activations="float" split="int8-grid" over="channel"}'
+    made = compiled(model, context, first + ",split-layers")
+    assert "table_quantized_index" in made.graph.initializers
+    entries = made.graph.initializers["table_quantized_table"].const_value.shape[1]
+    # A scale a row, and two whole numbers for the shape.
+    scales = (50 * 32 + 2 * 64) / (50 * 64)
+    assert stored_bits(made) == Stored(4, 8 * entries / 64, scales)
+
+
 def test_a_table_that_is_the_last_layer_too_counts_once(context):
     text = f"{HEADER} g (int64[n] x, float[50,16] table) => (float[n,50] y)"
     body = "{ e = Gather (table, x) y = Gemm <transB = 1> (e, table) }"
