@@ -11,7 +11,7 @@ from math import prod
 from typing import Any, Literal
 
 from .choices import Choice
-from .formats import Granularity, PerAxis, PerBlock
+from .formats import Granularity, PerAxis, PerBlock, PerTensor
 from .graph import Weight
 from .splitting import NEAREST_BLOCK, rounded_to
 
@@ -91,27 +91,50 @@ def stored_bytes(workload: Workload, choice: Choice) -> int:
     if format.split is None:
         return codes + 4 * scales
     split = format.split
-    entries = split.entries(format.bits)
-    spans = groups(workload.weight, split.over)
+    if split.form == "branches":
+        return split.clusters * stored_bytes(workload, Choice(format.plain))
+    if split.form == "nearest":
+        return codes + 4 * (count // NEAREST_BLOCK)
+    spans = _spans(workload, split.over)
     tables = spans if split.levels == 1 else max(spans, scales)
-    match split.form:
-        case "branches":
-            return codes + 4 * scales * split.clusters
-        case "codebook":
-            return codes + 4 * entries * tables
-        case "int8-grid":
-            return codes + entries * tables + 4 * scales
-    return codes + 4 * (count // NEAREST_BLOCK)
+    entries = split.entries(format.bits) * tables
+    if split.form == "codebook":
+        return codes + 4 * entries
+    blocked = isinstance(format.granularity, PerBlock)
+    return codes + entries + 4 * (output_channels(workload) if blocked else scales)
 
 
 def groups(shape: tuple[int, ...], granularity: Granularity) -> int:
-    """Return how many groups of elements have a scale of their own."""
+    """Return how many groups of a weight's elements have a scale of their own."""
     match granularity:
         case PerAxis(axis):
             return shape[axis]
         case PerBlock(axis, size):
             return prod(shape) // shape[axis] * -(-shape[axis] // size)
     return 1
+
+
+def output_channels(workload: Workload) -> int:
+    """Return the output channels of a weight, or the rows of an embedding."""
+    shape = workload.weight
+    match workload.op_type:
+        case "ConvTranspose":
+            return shape[1] * int(workload.attribute("group", 1))
+        case "Gemm":
+            return shape[0 if workload.attribute("transB", 0) else 1]
+        case "MatMul":
+            return shape[-1]
+    return shape[0]
+
+
+def _spans(workload: Workload, over: Granularity) -> int:
+    """Return how many clusterings a weight takes; blocks lie along its flattened channels."""
+    if isinstance(over, PerTensor):
+        return 1
+    channels = output_channels(workload)
+    if isinstance(over, PerAxis):
+        return channels
+    return channels * -(-prod(workload.weight) // channels // over.size)
 
 
 def kernels_of(choice: Choice, reader: Weight) -> list[Choice]:

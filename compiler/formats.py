@@ -164,6 +164,8 @@ class Format:
             object.__setattr__(self, "bits", container)
         if not 2 <= self.bits <= container:
             raise RecipeError(f"{self.bits} bits do not fit {self.dtype}: expected 2..{container}")
+        if self.split is not None and self.split.entries(self.bits) > 2**16:
+            raise RecipeError(f"{self.split} of {self.bits} bits: more than 65536 values")
 
     @property
     def signed(self) -> bool:

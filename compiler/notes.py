@@ -180,12 +180,13 @@ def kept(model: ir.Model) -> Iterator[list[str]]:
     yield lost
     homes = {value.name: value for value in values(model)}
     held = {id(read(value)) for value in homes.values()}
+    parted = {read(value).part for value in homes.values()}
     for name, note in before.items():
         if id(note) in held:  # still there, or moved to a value of another name
             continue
-        if name not in homes:
+        if name not in homes and name not in parted:
             lost.append(str(name))
-        elif read(homes[name]) == EMPTY:
+        elif name in homes and read(homes[name]) == EMPTY:
             homes[name].meta[KEY] = note
 
 

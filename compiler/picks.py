@@ -204,7 +204,12 @@ def _same_form(asked: Choice, legal: Choice) -> bool:
     split = asked.format.split
     if split is not None and split.form in ("codebook", "nearest") and asked.activation != "float":
         return False
-    return asked.format.plain == fewer and asked.activation == legal.activation
+    plain = asked.format.plain
+    if split is not None and split.form != "branches":
+        # A table holds values: whether they came of codes with a zero point is no longer seen.
+        plain = replace(plain, dtype=plain.dtype.removeprefix("u"))
+        fewer = replace(fewer, dtype=fewer.dtype.removeprefix("u"))
+    return plain == fewer and asked.activation == legal.activation
 
 
 def told(model: ir.Model, picks: Picks, decision: Decision) -> Decision:

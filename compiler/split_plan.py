@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import onnx_ir as ir
-from pydantic import TypeAdapter, ValidationError
 
 from .capability import Capability
 from .choices import Activations, Choice, Open, fineness, open_weights
 from .contract import Context
-from .errors import RecipeError
-from .formats import Form, Format, Granularity, PerAxis, PerBlock, PerTensor, Split
+from .costs import Workload, stored_bytes
+from .errors import RecipeError, did_you_mean
+from .formats import DTYPES, FORMS, Form, Format, Granularity, PerAxis, PerBlock, PerTensor, Split
 from .graph import Weight, readers_of, weights_of
 from .picks import Pick, Picks
 from .selection import cost_of
@@ -42,7 +43,7 @@ class SplitWish:
         zero: Whether each part's range holds zero also where it need not.
     """
 
-    form: Form | Literal["auto"] = "branches"
+    form: Literal["auto"] | Form = "branches"
     clusters: int = 3
     over: Over = "tensor"
     block: int = 32
@@ -73,18 +74,26 @@ class SplitWish:
             return cls("auto", KMEANS, "channel", levels=1)
         found = re.fullmatch(r"([a-z0-9-]+)(?:,(\d+))?(?:,([a-z]+))?(?:,levels=(\d+))?", text)
         form, clusters, over, levels = found.groups() if found else (text, None, None, None)
-        try:
-            wish = _WISH.validate_python(
-                {"form": form, "clusters": int(clusters or 3), "over": over or "tensor"}
-                | {"levels": int(levels or 0)}
-            )
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise RecipeError(
-                f"--split {text!r}: {problem['msg'].lower()}; expected e.g. auto, kmeans, "
-                "branches, codebook,3,channel or int8-grid,16,channel,levels=1"
-            ) from None
-        Split("codebook", wish.clusters, levels=wish.levels)  # refuses what is out of range
+        for word, known in ((form, ("auto", *FORMS)), (over or "tensor", get_args(Over))):
+            if word not in known:
+                raise RecipeError(
+                    f"--split {text!r}: unknown {word!r}{did_you_mean(word, known)}; expected "
+                    "auto, kmeans, branches, codebook, int8-grid or nearest; clusters, span and "
+                    "levels may follow, as in codebook,3,channel or int8-grid,16,channel,levels=1"
+                )
+        wish = cls(
+            cast("Form", form),
+            int(clusters or 3),
+            cast("Over", over or "tensor"),
+            levels=int(levels or 0),
+        )
+        # Refuses what is out of range, and branches with levels.
+        Split(
+            "branches" if wish.form == "branches" else "codebook",
+            wish.clusters,
+            levels=wish.levels,
+            zero=wish.form == "branches",
+        )
         return wish
 
     def formats(
@@ -100,6 +109,8 @@ class SplitWish:
                 found.append(one)
             else:
                 reason = one
+        if not found and not reason:
+            reason = "no table is folded here, and branches have levels of their own"
         return found, reason
 
     def _forms(
@@ -133,7 +144,7 @@ class SplitWish:
         grid = capability.weight_bits if self.form == "int8-grid" else 8
         split = Split(self.form, self.clusters, self.span(readers), self.levels, zero, grid)
         # The kernel takes the difference of code and zero point, which must fit 8 signed bits.
-        fits = plain.bits < 8 or choice.activation == "float"
+        fits = DTYPES[plain.dtype].bitwidth < 8 or choice.activation == "float"
         dtype = "u" + plain.dtype.removeprefix("u") if fits else plain.dtype
         return Format(dtype, plain.granularity, plain.bits, split)
 
@@ -169,18 +180,9 @@ class SplitWish:
     ) -> str:
         """Return why the kernel of a choice cannot take the form; empty where it can."""
         integer = choice.activation != "float"
-        assert choice.format is not None
-        entries = Split("int8-grid", self.clusters, levels=self.levels, zero=self.zero).entries(
-            choice.format.bits
-        )
-        if self.form == "int8-grid" and entries > 16:
-            return f"{entries} values take an index of 8 bits, which is as much as int8 itself"
-        if self.form == "codebook" and integer:
-            return (
-                f"its kernel reads {choice.activation}, and a table of floats makes it a float "
-                "kernel; take int8-grid, or weights only"
-            )
-        if self.form != "nearest":
+        if self.form in ("int8-grid", "codebook"):
+            return self._table_refusal(readers, choice)
+        if self.form == "branches":
             return ""
         if integer:
             return f"its kernel reads {choice.activation}, and the block-wise one reads floats"
@@ -197,8 +199,26 @@ class SplitWish:
             return f"{block} is not legal here for a weight of shape {list(shape)}"
         return ""
 
-
-_WISH = TypeAdapter(SplitWish)
+    def _table_refusal(self, readers: Sequence[Weight], choice: Choice) -> str:
+        """Return why a weight is not stored as a table; empty where it can be."""
+        assert choice.format is not None
+        split = Split("codebook", self.clusters, self.span(readers), self.levels, self.zero)
+        entries = split.entries(choice.format.bits)
+        if self.form == "int8-grid":
+            much = f"{entries} values take an index of 8 bits, which is as much as int8 itself"
+            return much if entries > 16 else ""
+        if choice.activation != "float":
+            return (
+                f"its kernel reads {choice.activation}, and a table of floats makes it a float "
+                "kernel; take int8-grid, or weights only"
+            )
+        if entries > 256:
+            return f"{entries} values are no codebook: its index has 8 bits at most"
+        work = Workload.of(readers[0], ())
+        stored = stored_bytes(work, Choice(replace(choice.format, split=split)))
+        floats = stored_bytes(work, Choice())
+        too_big = f"indices and tables take {stored} bytes, and its floats {floats}"
+        return too_big if stored >= floats else ""
 
 
 def offered(
@@ -271,6 +291,11 @@ def split_picks(
     made = dict(taken)
     for name, (one, choices) in found.items():
         costs = {choice: cost_of(one, choice, context, shapes) for choice in choices}
-        best = min(choices, key=lambda c: (costs[c].seconds or 0.0, costs[c].bytes))
+        best = min(choices, key=lambda c: (_known(costs[c].seconds), costs[c].bytes))
         made[name] = Pick(best, f"split: {taken[name].why}", None, costs[best])
     return made
+
+
+def _known(seconds: float | None) -> float:
+    """Return a time; one that is not known counts as the longest."""
+    return math.inf if seconds is None else seconds

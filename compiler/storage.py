@@ -45,8 +45,8 @@ def stored_bits(model: ir.Model) -> Stored | None:
         note = notes.read(value)
         if note.format is not None:
             elements[note.part or str(value.name)] = value.const_value.size  # type: ignore[union-attr]
-        elif note.part is None:
-            continue
+        elif note.part is None or note.split is not None:
+            continue  # neither codes nor the scales of rows: a float, perhaps a part
         kind = "codes" if note.format is not None else "scales"
         for what, one in ((kind, value), *_beside(value, folded)):
             if id(one) not in counted and one.const_value is not None:

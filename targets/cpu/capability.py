@@ -19,7 +19,7 @@ SHIFTED = ("uint4", "uint2")
 BLOCKED = ("int4", "int2", "uint4", "uint2")
 BLOCKS = (32, 128)
 
-# Beside floats any codes are widened at load.
+# Beside floats any codes are widened at load; rows of embeddings have no zero points.
 WIDENED = (*NARROW, "uint8", *SHIFTED)
 
 MEASURED = "onnxruntime 1.32"
@@ -27,7 +27,7 @@ MEASURED = "onnxruntime 1.32"
 CARRIES = frozenset(
     {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Pad"}
 )
-WEIGHT_ONLY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+WEIGHT_ONLY = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
 
 FLOAT_ONLY = {
     "LayerNormalization": "no integer LayerNormalization; its float kernel is exact and quick",
@@ -68,8 +68,10 @@ def capability_of(isa: str) -> Capability:
             *(Legality(op, (), acts, since=since) for op in ("AveragePool", "GlobalAveragePool")),
         ),
         widened=(
-            *(Legality(op, WIDENED, ("float",), both, since=since) for op in WEIGHT_ONLY),
-            Legality("Gather", NARROW, ("float",), both, since=since),
+            *(
+                Legality(op, NARROW if op == "Gather" else WIDENED, ("float",), both, since=since)
+                for op in WEIGHT_ONLY
+            ),
             Legality("MatMul", BLOCKED, ("float",), ("per_block",), since=since, blocks=BLOCKS),
         ),
         carries=CARRIES,

@@ -22,7 +22,7 @@ from ...compiler import notes
 from ...compiler.capability import Capability
 from ...compiler.contract import Context, Pass
 from ...compiler.cost_table import FLOAT
-from ...compiler.costs import Workload
+from ...compiler.costs import Workload, output_channels
 from ...compiler.formats import Format, PerAxis
 from ...compiler.graph import weight_of
 from ...compiler.session import open_session, session_options
@@ -203,7 +203,7 @@ def _float_model(workload: Workload, opset: int) -> ir.Model:
     if lookup:
         operands.reverse()
     if workload.op_type in WITH_BIAS:
-        operands.append(_initializer("b", (_channels(workload),)))
+        operands.append(_initializer("b", (output_channels(workload),)))
     node = ir.node(workload.op_type, operands, attributes=dict(workload.attributes), name="node")
     y = node.outputs[0]
     y.name, y.type = "y", ir.TensorType(ir.DataType.FLOAT)
@@ -217,15 +217,6 @@ def _float_model(workload: Workload, opset: int) -> ir.Model:
         name="node",
     )
     return ir.Model(graph, ir_version=10 if opset < 25 else 13)
-
-
-def _channels(workload: Workload) -> int:
-    """Return the output channels of a Conv, ConvTranspose or Gemm."""
-    if workload.op_type == "Gemm":
-        return workload.weight[0 if workload.attribute("transB", 0) else 1]
-    if workload.op_type == "ConvTranspose":
-        return workload.weight[1] * int(workload.attribute("group", 1))
-    return workload.weight[0]
 
 
 def _output_rank(workload: Workload) -> int:

@@ -56,7 +56,7 @@ def form_of(choice: Choice, op_type: str = "MatMul") -> str:
     if choice.activation != FLOAT:
         return INT8
     if isinstance(choice.format.granularity, PerBlock):
-        return str(choice.format)
+        return str(choice.format).removeprefix("u")  # zero points take no time of their own
     return INT8 if op_type == "Gather" else FLOAT
 
 
@@ -72,6 +72,7 @@ def forms_of(workload: Workload, capability: Capability) -> list[str]:
         for row in capability.widened
         if row.op_type == op_type and "per_block" in row.granularity and inner == 0
         for dtype in row.weights
+        if not dtype.startswith("u")
         for size in row.blocks
         if workload.weight[inner] % size == 0
     ]

@@ -39,7 +39,8 @@ def splits(draw):
 def formats(draw):
     dtype = draw(st.sampled_from(sorted(DTYPES)))
     bits = draw(st.integers(2, DTYPES[dtype].bitwidth))
-    return Format(dtype, draw(GRANULARITIES), bits, draw(st.none() | splits()))
+    split = draw(st.none() | splits().filter(lambda split: split.entries(bits) <= 2**16))
+    return Format(dtype, draw(GRANULARITIES), bits, split)
 
 
 @given(formats())
@@ -292,3 +293,8 @@ def test_a_block_has_elements(size):
 def test_formats_are_values():
     assert len({Format("int8"), Format("int8", PerTensor(), 8), Format("int8", PerAxis(0))}) == 2
     assert len({Format("int8"), Format("int8", split=Split()), Format("int8", split=Split())}) == 2
+
+
+def test_more_values_than_any_index_names_are_no_format():
+    with pytest.raises(RecipeError, match="more than 65536 values"):
+        Format.parse("uint16 per_tensor split(codebook,255,per_tensor)")

@@ -164,9 +164,9 @@ def test_blocks_of_the_nearest_form(context):
 
 
 def test_a_weight_that_no_table_makes_smaller_is_what_it_is(context):
-    first = 'assign-bits{weights=2 activations="float" split="codebook" over="channel"}'
+    first = 'assign-bits{weights=2 activations="float" split="int8-grid" over="channel"}'
     made = compiled(layers((4, 8)), context, first + ",split-layers")
-    assert stored_bits(made) == Stored(32, 0, 0)
+    assert stored_bits(made) == Stored(8, 0, 32 / 4)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
