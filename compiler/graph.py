@@ -102,7 +102,7 @@ def weight_of(node: ir.Node) -> Weight | None:
         if bias_index is not None and len(node.inputs) > bias_index
         else None
     )
-    return Weight(node, value, _channel_axis(node, rank), bias if is_constant(bias) else None)
+    return Weight(node, value, channel_axis(node, rank), bias if is_constant(bias) else None)
 
 
 def operand_of(weight: Weight) -> ir.Value:
@@ -136,7 +136,7 @@ def weights_of(model: ir.Model) -> list[ir.Value]:
     return list(dict.fromkeys(weight.value for weight in found if weight is not None))
 
 
-def _channel_axis(node: ir.Node, rank: int) -> int:
+def channel_axis(node: ir.Node, rank: int) -> int:
     """Return the axis of the weight that becomes the output's channel axis."""
     match node.op_type:
         case "ConvTranspose":

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from .formats import Format, PerAxis, PerBlock, PerTensor, Split
 from .graph import Weight
@@ -41,9 +42,13 @@ class Channels:
     @classmethod
     def of(cls, reader: Weight) -> Channels:
         """Return how one reader sees its weight."""
-        transposed = reader.node.op_type == "ConvTranspose"
-        groups = reader.node.attributes.get_int("group", 1) if transposed else 1
-        return cls(reader.axis, groups)
+        return cls.of_node(reader.node, reader.axis)
+
+    @classmethod
+    def of_node(cls, node: ir.Node, axis: int) -> Channels:
+        """Return how a node sees a weight that has its channels on an axis."""
+        transposed = node.op_type == "ConvTranspose"
+        return cls(axis, node.attributes.get_int("group", 1) if transposed else 1)
 
     def rows(self, array: Array) -> Array:
         """Return [channels, elements of a channel]."""

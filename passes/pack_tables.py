@@ -21,12 +21,14 @@ import onnx_ir as ir
 
 from ..compiler import constants, notes
 from ..compiler.contract import Context, Pass
-from ..compiler.formats import Format, PerAxis, PerBlock, index_bits
-from ..compiler.graph import first_reader, readers_of
+from ..compiler.formats import Format, PerBlock, index_bits
+from ..compiler.graph import WEIGHTED, channel_axis, first_reader, is_standard
 from ..compiler.splitting import Channels
 from ..compiler.weights import opened
 
 Array = npt.NDArray[Any]
+
+UNPACKS = ("Cast", "Sub", "Mul", "DequantizeLinear")  # what may lie between codes and a kernel
 
 MOST = 256  # entries of a table; an index has a byte at most
 CONTAINERS = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
@@ -87,12 +89,8 @@ def _candidates(value: ir.Value, whole: Array, narrowest: int) -> Iterator[Packe
     note = notes.read(value)
     assert note.split is not None
     asked = Format.parse(note.split)
-    readers = readers_of(value)
-    if readers:
-        channels = Channels.of(readers[0])
-    elif isinstance(asked.granularity, PerAxis):
-        channels = Channels(asked.granularity.axis)
-    else:
+    channels = _channels(value)
+    if channels is None:
         return
     rows = channels.rows(whole)
     widths = [rows.shape[1]]
@@ -104,6 +102,19 @@ def _candidates(value: ir.Value, whole: Array, narrowest: int) -> Iterator[Packe
         if found is not None:
             index, table = found
             yield Packed(index, table, channels, max(index_bits(table.shape[1]), narrowest))
+
+
+def _channels(value: ir.Value) -> Channels | None:
+    """Return where the channels of a stored weight lie, as the node that it ends in sees them."""
+    ahead, rank = [value], len(value.shape or ())
+    while ahead:
+        current = ahead.pop(0)
+        for use in current.uses():
+            weight = WEIGHTED.get(use.node.op_type, (None,))[0]
+            if use.idx == weight and is_standard(use.node, use.node.op_type):
+                return Channels.of_node(use.node, channel_axis(use.node, rank))
+            ahead += use.node.outputs if use.node.op_type in UNPACKS else []
+    return None
 
 
 def _tables(rows: Array) -> tuple[Array, Array] | None:

@@ -177,8 +177,9 @@ class SplitLayers(Pass):
         for reader in one.readers:
             made = branch(graph, reader.node, homes, self._biases(graph, reader, len(homes)))
             fresh += made if codes else []
-        if not tuple(one.value.uses()) and not one.value.is_graph_output():
-            graph.initializers.pop(name)
+        for value in (one.value, *(reader.bias for reader in one.readers)):
+            if value is not None and not (value.uses() or value.is_graph_output()):
+                graph.initializers.pop(str(value.name), None)
         return fresh
 
     def _biases(self, graph: ir.Graph, reader: Weight, count: int) -> list[ir.Value | None]:

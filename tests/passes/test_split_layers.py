@@ -438,12 +438,14 @@ def test_a_bias_of_zeros_does_not_keep_a_layer_whole(biases, context, outputs, c
         assert all(len(n.inputs) == 2 for n in model.graph)
 
 
-@pytest.mark.parametrize("form", ["branches", "codebook"])
+@pytest.mark.parametrize("form", ["branches", "int8-grid"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_weight_that_is_not_finite_is_left_whole(bad, form, context):
     array = np.arange(12, dtype=np.float32).reshape(4, 3)
     array[1, 2] = array[3, 0] = bad
-    model = planned(array, "uint2 per_axis(1)") if form == "codebook" else split(context, array)[0]
+    model = (
+        planned(array, "uint2 per_axis(1)") if form == "int8-grid" else split(context, array)[0]
+    )
     assert SplitLayers(form=form).run(model, context) == 0
     assert reasons(context)[-1] == "not split: 2 of its 12 values are not finite"
     np.testing.assert_array_equal(contents(model)["w"], array)
@@ -469,7 +471,8 @@ def test_more_or_fewer_clusters(context):
 def test_models_without_weights_and_empty_weights(becomes):
     for text in (
         f"{HEADER} g (float[n] x) => (float[n] y) {{ y = Relu (x) }}",
-        f"{HEADER} g (float[n,0] x) => (float[n,m] y) <float[0,2] w = {{}}> {{ y = MatMul (x, w)}}",
+        f"{HEADER} g (float[n,0] x) => (float[n,m] y) <float[0,2] w = {{}}> "
+        "{ y = MatMul (x, w) }",
         f"{HEADER} g (float[n,2] x, float[2,2] w) => (float[n,2] y) {{ y = MatMul (x, w) }}",
     ):
         becomes(SplitLayers(), text, text)
