@@ -149,8 +149,10 @@ def show(name: str, found: list[list[Result]], layouts: list[Layout]) -> None:
         for layout, row in zip(layouts, found[1:], strict=True)
     }
     for bits in (2, 4, 8):
-        gain = mean(scores[f"{bits} bits, 3 branches"] - scores[f"{bits} bits"])
-        print(f"gain of the paper's branches over the same {bits} bits whole: {gain} points")
+        whole, split = f"{bits} bits", f"{bits} bits, 3 branches"
+        if {whole, split} <= set(scores):
+            gain = mean(scores[split] - scores[whole])
+            print(f"gain of the paper's branches over the same {bits} bits whole: {gain} points")
 
 
 def mean(values: np.ndarray) -> str:
@@ -170,16 +172,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--task", choices=("sms_spam", "emotion"), action="append")
     parser.add_argument("--epochs", type=int, help="fewer, for a quick look")
+    parser.add_argument("--layout", action="append", help="rows of the table; all by default")
     chosen = parser.parse_args()
     tasks, vocabulary = bert_tiny.read_tasks(chosen.data / "text")
     for name in chosen.task or list(tasks):
         task = tasks[name](chosen.epochs)
         feeds = task.test.feeds()
         models = [trained(task, vocabulary, seed, chosen.out) for seed in range(chosen.seeds)]
+        layouts = [one for one in LAYOUTS if one.name in (chosen.layout or one.name)]
         rows = [
-            [measured(model, layout, feeds) for model in models] for layout in (None, *LAYOUTS)
+            [measured(model, layout, feeds) for model in models] for layout in (None, *layouts)
         ]
-        show(name, rows, list(LAYOUTS))
+        show(name, rows, layouts)
 
 
 if __name__ == "__main__":

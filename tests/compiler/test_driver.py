@@ -99,7 +99,9 @@ def test_figures_of_digits(digits, precision, decibel, bits):
     artifact = digits(precision)
     report, one = artifact.report, row(artifact)
     assert one.accuracy.sqnr_db > decibel
-    assert bits < one.bits_per_weight < bits + 0.2
+    assert bits < one.stored_bits.total < bits + 0.2
+    assert one.stored_bits.codes == bits
+    assert (one.weight_memory < 120_000) == ("a" in precision)  # 110,000 weights
     assert one.file_bytes == (artifact.entry("cpu")).stat().st_size < MODEL.stat().st_size
     assert (one.accuracy.metric, one.accuracy.source_score) == ("top1", 100)
     assert one.accuracy.drop == pytest.approx(100 - one.accuracy.variant_score)

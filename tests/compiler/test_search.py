@@ -152,7 +152,11 @@ def test_an_edited_plan_is_obeyed(tmp_path):
     ("options", "error", "message"),
     [
         ({"plan": "no.json"}, RecipeError, "cannot read the plan no.json"),
-        ({"plan": "p", "precision": "w8a8"}, RecipeError, "leave out --recipe and --precision"),
+        (
+            {"plan": "p", "precision": "w8a8"},
+            RecipeError,
+            "a plan says all: leave out --recipe",
+        ),
         ({"max_latency": 1.0, "check": False}, DataError, "need the check"),
         ({"max_size": 0}, RecipeError, "max_size"),
         ({"average_bits": float("nan")}, RecipeError, "average_bits"),

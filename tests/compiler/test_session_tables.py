@@ -6,17 +6,15 @@ import json
 import ml_dtypes
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 from rich.console import Console
 
-from fourfold.compiler import notes, tables
+from fourfold.compiler import tables
 from fourfold.compiler.artifact import MANIFEST, REPORT, Artifact, write_json
 from fourfold.compiler.compare import Comparison, Latency
 from fourfold.compiler.contract import Decision, Remark
 from fourfold.compiler.errors import DataError, ModelError, RecipeError, UnsupportedError
-from fourfold.compiler.formats import Format, PerAxis
 from fourfold.compiler.intake import Options, read_options
 from fourfold.compiler.report import (
     FeedsRow,
@@ -27,7 +25,7 @@ from fourfold.compiler.report import (
 )
 from fourfold.compiler.runner import PassRow
 from fourfold.compiler.session import open_runner, open_session, session_options
-from fourfold.compiler.variant import bits_per_weight
+from fourfold.compiler.storage import Stored
 
 TWO_INPUTS = """<ir_version: 10, opset_import: ["" : 21]>
 g (float[n,2] a, float[n,2] b) => (float[n,2] less, float[n,2] more) {
@@ -193,7 +191,8 @@ def target_report(**changes):
         "precision": "w8a8",
         "recipe": 'tidy,assign-bits{keep=["[a]"]}',
         "file_bytes": 500_000,
-        "bits_per_weight": 8.125,
+        "stored_bits": Stored(8.0, 0.0, 0.125),
+        "weight_memory": 400_000,
         "decision": Decision("uniform", 8.0),
         "kernels": {"QGemm": 2, "Relu": 1},
         "stayed_float": {"conv[1]": "no integer [form]"},
@@ -250,21 +249,6 @@ def test_a_report_of_another_schema(tmp_path):
         _ = Artifact(tmp_path).report
 
 
-def test_bits_per_weight():
-    def initializer(name, array):
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        value.dtype, value.shape = value.const_value.dtype, ir.Shape(array.shape)
-        return value
-
-    codes = initializer("w_quantized", np.zeros((4, 8), ml_dtypes.int4))
-    rest = [initializer("w_scale", np.ones(4, np.float32)), initializer("b", np.zeros(9))]
-    graph = ir.Graph([], [], nodes=[], initializers=[codes, *rest], opset_imports={"": 21})
-    model = ir.Model(graph, ir_version=10)
-    assert bits_per_weight(model) is None  # nothing is quantized
-    notes.write(codes, format=Format("int4", PerAxis(0)), mode="static")
-    assert bits_per_weight(model) == 4 + 4 * 32 / 32
-
-
 # Tables
 
 
@@ -302,7 +286,8 @@ def test_the_report_on_a_console(shown, filed):
         "checked on 60 held-out samples",
         'source cpu{isa="avx2"} w8a8',
         "size 2.00 MB 500.00 kB (25%)",
-        "stored bits per weight 8.12",
+        "stored bits per weight 8.12 (codes 8.00, scales 0.12)",
+        "weights in memory 400.00 kB",
         "SQNR of the outputs 30.0 dB",
         "cosine 0.99900",
         "same largest class 99.0%",
@@ -339,10 +324,12 @@ def test_a_folders_name_is_in_one_piece(shown, filed):
 
 
 def test_two_targets_side_by_side(shown, filed):
-    other = target_report(target="dsp", bits_per_weight=None, accuracy=WORSE)
+    other = target_report(target="dsp", stored_bits=Stored(4.0, 0.5, 0.25), accuracy=WORSE)
     text = shown(tables.print_report, filed(report(target_report(), other)))
     lines = {line.split("  ")[0]: line.split() for line in text.splitlines()}
-    assert lines["stored bits per weight"][-2:] == ["8.12", "-"]
+    assert "8.12 (codes 8.00, scales 0.12)" in text
+    assert "4.75 (codes 4.00, tables 0.50, scales 0.25)" in text
+    assert lines["weights in memory"][-4:] == ["400.00", "kB", "400.00", "kB"]
     assert lines["SQNR of the outputs"][-4:] == ["30.0", "dB", "3.0", "dB"]
 
 

@@ -159,11 +159,62 @@ def test_a_weight_with_a_reader_of_one_operand_is_widened_to_float(becomes):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8"])
-def test_a_weight_that_came_with_zero_points_is_left_alone(dtype, becomes):
-    text = float_reader(dtype, zero="[2] z = {0, 3}")
-    becomes(UnpackWeights(), text, text)
+def test_a_weight_with_zero_points_is_widened_to_float(dtype, becomes, context):
+    model = becomes(
+        UnpackWeights(),
+        float_reader(dtype, zero="[2] z = {0, 3}"),
+        f"""{HEADER} g (float[n,2] x) => (float[n,2] y)
+        <{dtype}[2,2] c = {{0, 0, 0, 0}}, {dtype}[1,2] z = {{0, 3}},
+         float[1,2] s = {{0.5, 1}}> {{
+            f = Cast <to = 1> (c)
+            g = Cast <to = 1> (z)
+            h = Sub (f, g)
+            w = Mul (h, s)
+            y = MatMul (x, w)
+        }}""",
+    )
+    assert UnpackWeights().run(model, context) == 0
+
+
+def test_an_int8_weight_with_zero_points_is_left_to_the_kernel(becomes):
+    """Less its zero point a code of eight bits need not fit an int8."""
     text = model_of("MatMul").replace("int8[2] z = {0, 0}", "int8[2] z = {0, 3}")
     becomes(UnpackWeights(), text, text)
+
+
+def shifted(model, dtype, zero):
+    """Store unsigned codes, and zero points of the same type."""
+    numpy = {"uint4": ml_dtypes.uint4, "uint2": ml_dtypes.uint2}[dtype]
+    homes = model.graph.initializers
+    for name, array in (("c", homes["c"].const_value.numpy()), ("z", np.array(zero))):
+        value = homes[name]
+        value.const_value = ir.tensor(array.astype(numpy), name=name)
+        value.dtype = value.const_value.dtype
+    return model
+
+
+@pytest.mark.parametrize(("dtype", "zero"), [("uint4", (7, 15)), ("uint2", (1, 3))])
+@pytest.mark.parametrize(
+    ("op", "mode"),
+    [("Conv", "static"), ("Gemm", "static"), ("MatMul", "static"), ("MatMul", "dynamic")],
+)
+def test_affine_weights_run_on_the_int8_kernel_to_the_bit(
+    op, mode, dtype, zero, parse, context, optimized, kernels, outputs
+):
+    greatest = 15 if dtype == "uint4" else 3
+    codes = np.array([[greatest, 0], [2, 1]])
+    narrow = shifted(parse(model_of(op, codes.ravel(), mode)), dtype, zero)
+    assert UnpackWeights().run(narrow, context) == 1
+    axis = NODES[op][2]
+    less = codes - np.expand_dims(zero, 1 - axis)
+    wide = parse(model_of(op, less.ravel(), mode))
+    graph = optimized(narrow)
+    assert not [n.name for n in graph.node if n.op_type in ("Cast", "Sub")]
+    assert kernels(narrow) == kernels(wide)
+    assert not kernels(narrow).keys() & {"Conv", "FusedConv", "Gemm", "MatMul"}
+    x = feed(op)
+    got, expected = (outputs(model, x=x)["y"] for model in (narrow, wide))
+    assert got.tobytes() == expected.tobytes()
 
 
 WEIGHT_ONLY = 'assign-bits{weights=%d activations="float"},round-weights,unpack-weights'
