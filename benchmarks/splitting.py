@@ -2,6 +2,7 @@
 
     python benchmarks/splitting.py models [--task cifar-resnet20] [--rounds 30]
     python benchmarks/splitting.py layers [--rounds 60]
+    python benchmarks/splitting.py activations [--task minilm-sts] [--rounds 30]
 
 `models` compiles whole models. `layers` times four layers in a row with 8-bit activations: the
 paper's three branches against the same values in a table, which the integer kernel reads.
@@ -20,6 +21,7 @@ import cpu
 import measure
 import numpy as np
 import onnx_ir as ir
+import peers
 
 import fourfold
 
@@ -105,6 +107,30 @@ def models(task_name: str, rounds: int) -> Iterator[str]:
             )
 
 
+def activations(task_name: str, rounds: int) -> Iterator[str]:
+    """Yield a table of one task with its activations whole, and cut into parts."""
+    from fourfold.compiler.precision import Precision
+    from fourfold.passes.split_activations import SplitActivations
+    from fourfold.targets.cpu import Cpu
+
+    task = measure.task_named(task_name)
+    source, feeds = measure.tasks().model_path(task), cpu.calibration(task)
+    whole = Cpu().recipe(Precision()).passes
+    place = next(n for n, one in enumerate(whole) if one.name == "calibrate")
+    with tempfile.TemporaryDirectory() as folder:
+        candidates = [measure.Candidate("float", source)]
+        for parts in (1, 3, 6):
+            cut = (SplitActivations(parts=parts),) if parts > 1 else ()
+            recipe = fourfold.Recipe((*whole[:place], *cut, *whole[place:]))
+            out = Path(folder) / str(parts)
+            made = fourfold.compile(source, out, feeds, recipe=recipe, check=False)
+            rows = made.report.targets[0].passes
+            changed = sum(r.changed for r in rows if r.name.startswith("split-activations"))
+            name = f"{parts} parts, {changed} layers" if cut else "whole"
+            candidates.append(measure.Candidate(name, made.entry("cpu")))
+        yield from peers.compare(task_name, candidates, rounds)
+
+
 def layers(rounds: int) -> Iterator[str]:
     """Yield the times of single layers in every form."""
     names = ("float", "int8", "int8-grid", "branches", "float branches")
@@ -183,15 +209,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("models", "layers"))
+    parser.add_argument("what", choices=("models", "layers", "activations"))
     parser.add_argument("--task", choices=TASKS, action="append")
     parser.add_argument("--rounds", type=int, default=40)
     chosen = parser.parse_args()
-    lines = (
-        layers(chosen.rounds)
-        if chosen.what == "layers"
-        else (line for task in chosen.task or TASKS for line in models(task, chosen.rounds))
-    )
+    if chosen.what == "layers":
+        lines = layers(chosen.rounds)
+    else:
+        table = models if chosen.what == "models" else activations
+        lines = (line for task in chosen.task or TASKS for line in table(task, chosen.rounds))
     for line in lines:
         print(line, flush=True)
 

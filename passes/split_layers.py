@@ -191,6 +191,8 @@ class SplitLayers(Pass):
             return [own, *[None] * (count - 1)]
         with opened(reader.bias) as array:
             whole = np.array(array)
+        if not np.isfinite(whole).all():
+            return [own, *[None] * (count - 1)]
         ids = parts_of(np.asarray(whole, np.float32), Split(clusters=count), Channels())
         parts: list[ir.Value | None] = [
             constants.add(graph, f"{reader.bias.name}_part_{number}", part)
