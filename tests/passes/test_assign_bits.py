@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import ShapeInferencePass
@@ -291,3 +292,136 @@ def test_the_plan_survives_the_runner(context):
     assert rows[0].changed == 2
     assert modes(notes.plan(after)) == {"x": "dynamic", "w": "static"}
     assert notes.plan(model) == {}
+
+
+# Zero points, blocks, and weights that are to be split
+
+WIDE = """<ir_version: 13, opset_import: ["" : 25]>
+g (float[2,64] x, float[64,64] wm, float[64,8] wg, float[48,8] wo) => (float[2,8] y)
+<int64[1] from = {0}, int64[1] to = {48}, int64[1] axes = {1}> {
+    [matmul] m = MatMul (x, wm)
+    [gemm] g = Gemm (m, wg)
+    [slice] s = Slice (m, from, to, axes)
+    [odd] o = MatMul (s, wo)
+    [sum] y = Add (g, o)
+}"""
+
+
+def wide():
+    """Return a model of a MatMul and a Gemm over 64 inputs, and a MatMul over 48."""
+    model, draw = ir.from_onnx_text(WIDE), np.random.default_rng(0)
+    for value in list(model.graph.inputs)[1:]:
+        array = draw.normal(size=value.shape.numpy()).astype(np.float32)
+        value.const_value = ir.tensor(array, name=value.name)
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    ShapeInferencePass()(model)
+    return model
+
+
+def decided(model, context, **options):
+    """Return weight -> format."""
+    AssignBits(**options).run(model, context)
+    return formats({n: f for n, f in notes.plan(model).items() if n.startswith("w")})
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(8, "int8"), (7, "int8:7"), (4, "uint4"), (3, "uint4:3"), (2, "uint2")]
+)
+@pytest.mark.parametrize("activations", ["static", "float"])
+def test_narrow_weights_have_zero_points_where_they_are_wanted(bits, dtype, activations, context):
+    pass_ = AssignBits(weights=bits, activations=activations, affine=True)
+    _, plan, _ = planned(LAYERS, pass_, context, EVERYTHING)
+    got = formats(plan)
+    assert [got[name] for name in ("wc", "wm")] == [f"{dtype} per_axis(0)", f"{dtype} per_axis(1)"]
+    beside = "uint8" if activations == "static" else "float"
+    assert plan["wc"]["activation"] == beside
+
+
+def test_an_embedding_has_no_zero_points(context):
+    text = f"""{HEADER} g (int64[3] x) => (float[3,2] y) <float[4,2] w = {{1,2,3,4,5,6,7,8}}> {{
+        y = Gather (w, x)
+    }}"""
+    got = formats(planned(text, AssignBits(weights=4, affine=True), context)[1])
+    assert got["w"] == "int4 per_axis(0)"
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_blocks_where_they_are_legal(affine, context):
+    got = decided(wide(), context, weights=4, activations="float", block=32, affine=affine)
+    dtype = "uint4" if affine else "int4"
+    assert got == {
+        "wm": f"{dtype} per_block(0,32)",
+        "wg": f"{dtype} per_axis(1)",  # no block-wise Gemm
+        "wo": f"{dtype} per_axis(1)",  # 48 is no multiple of 32
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "split"),
+    [
+        ({"split": "branches"}, "split(branches,3,per_tensor,zero)"),
+        ({"split": "codebook"}, "split(codebook,3,per_tensor)"),
+        ({"split": "codebook", "over": "channel"}, "split(codebook,3,per_axis(1))"),
+        ({"split": "codebook", "over": "block"}, "split(codebook,3,per_block(0,32))"),
+        ({"split": "int8-grid", "clusters": 2}, "split(int8-grid,2,per_tensor)"),
+        (
+            {"split": "int8-grid", "clusters": 16, "over": "channel", "levels": 1},
+            "split(int8-grid,16,per_axis(1),levels=1)",
+        ),
+    ],
+)
+def test_weights_are_to_be_split_as_asked(options, split, context):
+    got = decided(wide(), context, weights=2, activations="float", **options)
+    assert got == dict.fromkeys(("wm", "wg", "wo"), f"uint2 per_axis(1) {split}")
+    assert context.remarks == []
+
+
+def test_what_cannot_be_split_stays_whole_and_is_told(context):
+    got = decided(wide(), context, weights=2, activations="float", split="nearest")
+    assert got == {
+        "wm": "uint2 per_axis(1) split(nearest,3,per_tensor)",
+        "wg": "int2 per_axis(1)",
+        "wo": "int2 per_axis(1)",
+    }
+    told = {remark.subject: remark.reason for remark in context.remarks}
+    assert set(told) == {"wg", "wo"}
+    assert all("int4 per_block(0,32) is not legal here" in reason for reason in told.values())
+
+
+def test_a_split_that_no_weight_can_have_is_refused(context):
+    for one in (
+        AssignBits(weights=2, activations="dynamic", split="nearest"),
+        AssignBits(weights=4, split="int8-grid"),
+        AssignBits(weights=8, split="auto"),
+    ):
+        with pytest.raises(RecipeError, match=f"assign-bits: split={one.split}: not split: "):
+            one.run(wide(), context)
+    # Without a weight, or with all of them kept, there is nothing to refuse.
+    AssignBits(weights=2, split="nearest", keep=("matmul", "gemm", "odd")).run(wide(), context)
+
+
+def test_auto_takes_what_the_kernel_reads(context):
+    around = replace(context, cost=Cpu(isa="vnni").cost)  # three branches take longer than one
+    for activations, form in (("dynamic", "int8-grid"), ("float", "codebook")):
+        model = wide()
+        got = decided(model, around, weights=2, activations=activations, split="auto")
+        assert got["wm"] == f"uint2 per_axis(1) split({form},3,per_tensor)"
+        note = notes.read(model.graph.initializers["wm"])
+        assert note.why.startswith("split: ")
+        # Four bits an index, and a table of twelve entries a channel.
+        assert note.bytes == 64 * 64 / 2 + 64 * (12 + 4 if form == "int8-grid" else 12 * 4)
+
+
+@pytest.mark.parametrize("isa", ["vnni", "avx2", "arm64"])
+def test_the_grid_is_as_fine_as_the_kernel_of_the_cpu(isa, context):
+    around = replace(context, capability=Cpu(isa=isa).capability)
+    recipe = Recipe.parse('assign-bits{weights=2 activations="static" split="int8-grid"}')
+    model = wide()
+    for value in values(model):
+        if value.dtype == ir.DataType.FLOAT:
+            notes.write(value, low=-1.0, high=3.0, sqnr_db=40.0)
+    after, _ = run(recipe, model, around)
+    grid = ",grid=7" if isa == "avx2" else ""
+    format = notes.read(after.graph.initializers["wm"]).format
+    assert str(format) == f"uint2 per_axis(1) split(int8-grid,3,per_tensor{grid})"

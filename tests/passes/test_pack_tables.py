@@ -317,6 +317,21 @@ def test_a_weight_with_several_readers_is_unpacked_once(context, outputs):
     assert first.tobytes() == second.tobytes()
 
 
+@pytest.mark.parametrize(("count", "spread", "packed"), [(13, 0, True), (13, 1, False)])
+def test_a_stack_of_matrices_has_one_table(count, spread, packed, context, outputs):
+    text = f"{NEW} g (float[3,5,64] x) => (float[3,5,48] y) {{ [node] y = MatMul (x, w) }}"
+    shape = (3, 64, 48)
+    array = some(count, spread)(shape, np.indices(shape)[2]) + np.indices(shape)[2] * 999 * spread
+    model = parsed(text, {"w": array.astype(np.float32)})
+    split = CODEBOOK.replace("(1)", "(2)")
+    notes.apply_plan(model, {"w": {"split": split, "format": split, "mode": "float"}})
+    before, x = model.clone(), feed(model)
+    after, rows = run(Recipe((PackTables(),)), model, context)  # the runner checks the notes
+    assert rows[0].changed == packed
+    first, second = (outputs(m, x=x)["y"] for m in (before, after))
+    assert first.tobytes() == second.tobytes()
+
+
 def test_a_weight_that_a_body_reads_first(context, outputs):
     text = f"""{NEW} g (float[64,64] x, bool c) => (float[64,64] y, float[64,64] z) {{
         y = If (c) <then_branch = t () => (float[64,64] o) {{ o = MatMul (x, w) }},

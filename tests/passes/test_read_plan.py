@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes.common import ShapeInferencePass
 
 from fourfold.compiler import notes
 from fourfold.compiler.allocate import Limits
@@ -17,6 +18,7 @@ from fourfold.compiler.recipe import Recipe
 from fourfold.compiler.runner import run
 from fourfold.compiler.saved_plan import SavedPlan
 from fourfold.compiler.session import open_runner
+from fourfold.compiler.split_plan import SplitWish
 from fourfold.compiler.workbench import Workbench
 from fourfold.passes.assign_bits import AssignBits
 from fourfold.passes.calibrate import Calibrate
@@ -56,6 +58,13 @@ PRECISIONS = {
     "greedy": auto(method="greedy", limits=Limits(average_bits=5)),
     "dynamic mixed": auto(ranges="dynamic", limits=Limits(average_bits=5)),
     "by error": auto(signals=("quantization-error",), limits=Limits(average_bits=4)),
+    "split": Precision(weights=2, split=SplitWish("auto")),
+    "split by channel": Precision(weights=2, split=SplitWish("int8-grid", 2, "channel")),
+    "means": Precision(weights=4, split=SplitWish.parse("kmeans")),
+    "means alone": Precision(weights=4, activations=None, split=SplitWish.parse("kmeans")),
+    "codebook": Precision(weights=2, activations=None, split=SplitWish("codebook")),
+    "branches alone": Precision(weights=2, activations=None, split=SplitWish("branches")),
+    "mixed split": auto(split=SplitWish("auto"), limits=Limits(average_bits=4)),
 }
 
 
@@ -254,6 +263,96 @@ def test_two_bits_ask_for_an_opset_that_stores_them(zoo, made, replayed):
     second = replayed(zoo["mlp"](), saved)
     assert (stored(first, "w1"), stored(second, "w1")) == ("INT4", "INT2")
     runs(second)
+
+
+LOOKUP = f"""{HEADER} lookup (int64[n] x) => (float[n,8] y) {{
+    [table] e = Gather (t, x)
+    [sum] s = Add (e, e)
+    [matmul] y = MatMul (s, w)
+}}"""
+
+
+def lookup():
+    """Return a model of an embedding and a MatMul behind it."""
+    model = ir.from_onnx_text(LOOKUP.replace("n] x", "n] x, float[40,96] t, float[96,8] w"))
+    for value in list(model.graph.inputs)[1:]:
+        array = np.random.default_rng(1).normal(size=value.shape.numpy()).astype(np.float32)
+        value.const_value = ir.tensor(array, name=value.name)
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    ShapeInferencePass()(model)
+    return model
+
+
+@pytest.mark.parametrize("precision", ["split", "means", "means alone", "codebook"])
+def test_a_plan_of_a_split_embedding_makes_the_same_model_again(precision, made, replayed):
+    first, saved = made(lookup(), PRECISIONS[precision])
+    assert " split(" in saved["values"]["t"]["format"]
+    second = replayed(lookup(), saved)
+    assert second.plan == first.plan
+    assert content(second) == content(first)
+
+
+@pytest.mark.parametrize(
+    ("precision", "format"),
+    [
+        ("split", "uint2 per_axis(1) split(int8-grid,3,per_tensor)"),
+        ("split by channel", "uint2 per_axis(1) split(int8-grid,2,per_axis(1))"),
+        ("means", "uint4 per_axis(1) split(int8-grid,16,per_axis(1),levels=1)"),
+        ("codebook", "uint2 per_axis(1) split(codebook,3,per_tensor)"),
+        ("branches alone", "uint2 per_axis(1) split(branches,3,per_tensor,zero)"),
+    ],
+)
+def test_how_a_split_is_written(precision, format, zoo, made):
+    _, saved = made(zoo["mlp"](), PRECISIONS[precision])
+    assert saved["values"]["w1"]["format"] == format
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        "uint2 per_axis(1) split(int8-grid,4,per_axis(1))",
+        "uint4 per_axis(1) split(int8-grid,16,per_axis(1),levels=1)",
+        "uint2 per_axis(1) split(branches,2,per_tensor,zero)",
+        "uint4 per_axis(1)",
+        "int8 per_axis(1)",
+    ],
+)
+def test_a_split_that_is_written_by_hand_is_obeyed(format, zoo, made, replayed):
+    first, saved = made(zoo["mlp"](), PRECISIONS["split"])
+    saved["values"]["w1"]["format"] = format
+    second = replayed(zoo["mlp"](), saved)
+    assert differing(first, second) == {"w1"}
+    assert second.plan["w1"]["format"] == format
+    agrees(second, zoo["mlp"](), 8)
+    told = [r.reason for r in second.remarks if (r.source, r.subject) == ("split-layers", "w1")]
+    assert [reason.partition(" ")[0] for reason in told] == ["into"] * ("split" in format)
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("uint2 per_axis(1) split(codebook,3,per_tensor)", "cannot be uint2 .* x uint8"),
+        ("uint2 per_axis(1) split(nearest,3,per_tensor)", "cannot be uint2 .* x uint8"),
+        ("uint2 per_axis(1) split(branches,3,per_tensor)", "expected zero, and no levels"),
+        ("uint2 per_axis(1) split(codebok,3,per_tensor)", "did you mean 'codebook'"),
+        ("uint2 per_axis(1) split(int8-grid,1,per_tensor)", "1 clusters: expected 2..255"),
+        ("uint2 per_axis(1) split(int8-grid,3)", "not a split"),
+        ("uint8 per_axis(1) split(branches,3,per_tensor,zero)", "cannot be uint8 .* x uint8"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(format, message, zoo, made, replayed):
+    _, saved = made(zoo["mlp"](), PRECISIONS["split"])
+    saved["values"]["w1"]["format"] = format
+    with pytest.raises(RecipeError, match=message):
+        replayed(zoo["mlp"](), saved)
+
+
+def test_a_split_asks_for_the_pass_that_carries_it_out(zoo, made, replayed):
+    _, saved = made(zoo["mlp"](), Precision(weights=2))
+    saved["values"]["w1"]["format"] = "uint2 per_axis(1) split(int8-grid,3,per_tensor)"
+    with pytest.raises(RecipeError, match=r"'w1' is planned as uint2 .*; put split-layers before"):
+        replayed(zoo["mlp"](), saved)
 
 
 def test_a_weight_gets_eight_bits_where_two_were(edited):

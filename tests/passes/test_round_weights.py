@@ -243,3 +243,115 @@ def test_a_weight_that_another_node_reads_first_is_made_before_that(context, out
     got = outputs(after, x=np.array([0, 2]))
     np.testing.assert_allclose(got["y"], expected["y"], rtol=0.02)
     assert next(node.op_type for node in after.graph) == "DequantizeLinear"
+
+
+# Unsigned formats: with zero points
+
+
+def affine(model, name="w"):
+    """Return (codes, scale, zero points) of a rounded weight, spread over it, as float32."""
+    source = next(n for n in model.graph if n.name == f"{name}_DequantizeLinear")
+    codes, scale, zero = (v.const_value.numpy().astype(np.float32) for v in source.inputs)
+    assert source.inputs[2].dtype == source.inputs[0].dtype
+    size = source.attributes.get_int("block_size", 0)
+    if size:
+        axis = source.attributes.get_int("axis", 1)
+        some = [
+            np.repeat(a, size, axis).take(range(codes.shape[axis]), axis) for a in (scale, zero)
+        ]
+        return codes, *some
+    if scale.ndim:
+        shape = [-1 if i == source.attributes.get_int("axis", 1) else 1 for i in range(codes.ndim)]
+        scale, zero = scale.reshape(shape), zero.reshape(shape)
+    return codes, *(np.broadcast_to(a, codes.shape) for a in (scale, zero))
+
+
+def test_an_unsigned_weight_becomes_codes_a_scale_and_zero_points(becomes, context):
+    model = matmul(np.float32([[0, -1], [255, 254], [2, 0]]), "uint8 per_axis(1)")
+    after = becomes(
+        RoundWeights(),
+        model,
+        f"""{HEADER} g (float[n,3] x) => (float[n,m] y)
+        <uint8[3,2] w = {{0, 0, 255, 255, 2, 1}}, float[2] s = {{1, 1}},
+         uint8[2] z = {{0, 1}}> {{
+            d = DequantizeLinear <axis = 1> (w, s, z)
+            y = MatMul (x, d)
+        }}""",
+    )
+    assert RoundWeights().run(after, context) == 0
+
+
+@pytest.mark.parametrize("dtype", ["uint4", "uint2"])
+@pytest.mark.parametrize("granularity", ["per_axis(1)", "per_axis(0)", "per_tensor"])
+def test_zero_points_are_stored_as_narrow_as_codes(dtype, granularity, context, outputs):
+    array = np.random.default_rng(2).normal(1, 1, size=(8, 4)).astype(np.float32)
+    model = matmul(array, f"{dtype} {granularity}")
+    RoundWeights(clip="minmax").run(model, context)
+    found = model.graph.initializers
+    kind = Format(dtype).onnx_type
+    assert {found["w_quantized"].dtype, found["w_zero_point"].dtype} == {kind}
+    codes, scale, zero = affine(model)
+    assert (codes.min(), codes.max()) == (0, 2**kind.bitwidth - 1)
+    image = (codes - zero) * scale
+    got = outputs(model, plain=True, x=np.eye(8, dtype=np.float32))["y"]
+    np.testing.assert_allclose(got, image, rtol=1e-6, atol=1e-6)
+
+
+def test_a_signed_weight_shares_its_zeros_and_an_unsigned_one_of_zeros_does_too(context):
+    model = matmul(np.float32([[0, 0], [3, 1]]), "uint4 per_axis(1)")
+    RoundWeights().run(model, context)
+    assert "w_zero_point" not in model.graph.initializers
+    assert model.graph.initializers["zero_point_uint4_2"].dtype == ir.DataType.UINT4
+
+
+@pytest.mark.parametrize("dtype", ["uint4", "uint2"])
+def test_unsigned_blocks_run_in_the_block_wise_kernel(dtype, context, outputs, kernels):
+    array = np.random.default_rng(3).normal(0.5, 1, size=(64, 16)).astype(np.float32)
+    model = matmul(array, f"{dtype} per_block(0,32)")
+    RoundWeights().run(model, context)
+    assert model.graph.initializers["w_zero_point"].const_value.numpy().shape == (2, 16)
+    assert kernels(model) == {"MatMulNBits": 1}
+    codes, scale, zero = affine(model)
+    x = np.random.default_rng(4).normal(size=(32, 64)).astype(np.float32)
+    expected = x @ ((codes - zero) * scale)
+    exact, fused = (outputs(model, plain=plain, x=x)["y"] for plain in (True, False))
+    most = np.abs(expected).max()
+    np.testing.assert_allclose(exact, expected, rtol=0, atol=1e-5 * most)
+    # The kernel rounds its activations to eight bits.
+    np.testing.assert_allclose(fused, expected, rtol=0, atol=1e-2 * most)
+
+
+UNSIGNED = st.sampled_from(["uint8", "uint4", "uint4:3", "uint2"])
+
+
+def affinely(array, format, clip):
+    """Return (the weight after rounding, the scale spread over it, the codes)."""
+    model = matmul(array, str(format))
+    assert RoundWeights(clip=clip).run(model, ANY) == 1
+    codes, scale, zero = affine(model)
+    return (codes - zero) * scale, scale, codes
+
+
+@settings(max_examples=60, deadline=None)
+@given(array=NORMAL, dtype=UNSIGNED, granularity=GROUPS)
+def test_an_unsigned_weight_is_within_a_step_and_keeps_zero(array, dtype, granularity):
+    """Half a step of rounding, and at the ends half a step of the zero point's."""
+    name, _, bits = dtype.partition(":")
+    format = Format(name, granularity, int(bits or 0))
+    image, scale, codes = affinely(array, format, "minmax")
+    assert np.all(np.abs(image - array) <= scale * (1 + 1e-5))
+    assert np.all(image[array == 0] == 0)
+    assert codes.min() >= 0
+    assert codes.max() <= 2**format.bits - 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(array=NORMAL, dtype=UNSIGNED, granularity=GROUPS)
+def test_clipping_an_unsigned_weight_costs_nothing(array, dtype, granularity):
+    name, _, bits = dtype.partition(":")
+    format = Format(name, granularity, int(bits or 0))
+    errors = [
+        np.square((affinely(array, format, clip)[0] - array).astype(np.float64)).sum()
+        for clip in ("mse", "minmax")
+    ]
+    assert errors[0] <= errors[1] * (1 + 1e-5)

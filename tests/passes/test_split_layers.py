@@ -887,6 +887,39 @@ def test_without_feeds_a_convolution_in_integers_is_left_whole(fed, context, ker
     assert str(notes.read(stored).format) == "uint2 per_axis(0)"
 
 
+def test_a_body_that_reads_an_integer_kernels_weight_stays_float(fed, outputs, kernels):
+    text = f"""{HEADER} g (float[2,4,8,8] x, float[4,4,3,3] w) => (float[2,4,4,4] y)
+    <bool c = {{1}}> {{
+        [conv] a = Conv (x, w)
+        [if] y = If (c) <then_branch = t () => (float[2,4,4,4] o) {{ o = Conv (a, w) }},
+                         else_branch = e () => (float[2,4,4,4] p) {{ p = Conv (a, w) }}>
+    }}"""
+    source = filled(text)
+    x = images(2)
+    around = fed(source, x=x)
+    model, _ = run(Recipe.parse(f"{BRANCHES},{CARRIED}"), source, around)
+    floats, _ = run(Recipe.parse('assign-bits{weights=2 split="branches" activations="float"},'
+                                 "split-layers,round-weights"), source, around)  # fmt: skip
+    expected, got = (outputs(m, plain=True, x=x)["y"] for m in (floats, model))
+    assert sqnr_db(expected, got) > 25
+    found = kernels(model)
+    assert (found["QLinearConv"], found["QLinearAdd"]) == (3, 2)
+
+
+def test_a_reader_that_was_kept_float_has_float_branches(fed, kernels):
+    text = f"""{HEADER} g (float[2,4,8,8] x, float[4,4,3,3] w) => (float[2,4,4,4] y) {{
+        [one] a = Conv (x, w)
+        [tanh] t = Tanh (a)
+        [two] y = Conv (t, w)
+    }}"""
+    source = filled(text)
+    recipe = BRANCHES.replace("split=", 'keep=["two"] split=')
+    model, _ = run(Recipe.parse(f"{recipe},{CARRIED}"), source, fed(source, x=images(2)))
+    found = kernels(model)
+    assert (found["QLinearConv"], found["QLinearAdd"], found["QuantizeLinear"]) == (3, 2, 1)
+    assert found["Conv"] + found.get("FusedConv", 0) == 3
+
+
 def test_a_gemm_in_integers_writes_floats_and_needs_no_ranges(context, kernels, fed, outputs):
     model, feeds = layer("Gemm", WIDE)
     decide = Recipe.parse('calibrate,assign-bits{weights=2 split="branches"}')

@@ -217,6 +217,60 @@ def test_affine_weights_run_on_the_int8_kernel_to_the_bit(
     assert got.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize(("dtype", "zero"), [("uint4", (7, 15)), ("uint2", (1, 3))])
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_an_affine_weight_multiplies_as_numpy_does(dtype, zero, mode, parse, context, outputs):
+    greatest = 15 if dtype == "uint4" else 3
+    codes = np.array([[greatest, 0], [2, 1]])
+    model = shifted(parse(model_of("MatMul", codes.ravel(), mode)), dtype, zero)
+    assert UnpackWeights().run(model, context) == 1
+    x = feed("MatMul")
+    scale, point = np.float32(0.02), 128
+    if mode == "dynamic":
+        low, high = min(x.min(), 0), max(x.max(), 0)
+        scale = np.float32((high - low) / 255)
+        point = np.clip(np.rint(-low / scale), 0, 255)
+    quantized = np.clip(np.rint(x / scale) + point, 0, 255) - point
+    expected = quantized @ (codes - zero) * scale * np.float32([0.5, 1])
+    for plain in (True, False):
+        got = outputs(model, plain=plain, x=x)["y"]
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "zero"), [("uint4", (7, 15)), ("uint2", (1, 3))])
+def test_one_zero_point_serves_the_whole_weight(dtype, zero, parse, context, outputs, kernels):
+    text = model_of("MatMul", (1, 0, 2, 3)).replace("float[2] s = {0.5, 1}", "float s = {0.5}")
+    text = text.replace("int8[2] z = {0, 0}", "int8 z = {0}").replace("<axis = 1> ", "")
+    model = shifted(parse(text), dtype, zero[0])
+    before = model.clone()
+    assert UnpackWeights().run(model, context) == 1
+    assert UnpackWeights().run(model, context) == 0
+    x = feed("MatMul")
+    first, second = (outputs(m, plain=True, x=x)["y"] for m in (before, model))
+    assert first.tobytes() == second.tobytes()
+    assert kernels(model) == {"QuantizeLinear": 1, "MatMulIntegerToFloat": 1}
+
+
+AFFINE = 'assign-bits{weights=%d activations="float" affine=true},round-weights,unpack-weights'
+
+
+@pytest.mark.parametrize(("bits", "container"), [(4, "UINT4"), (2, "UINT2"), (8, "INT8")])
+@pytest.mark.parametrize("name", ["convnet", "mlp", "attention"])
+def test_affine_weights_beside_floats_are_floats_at_load(
+    name, bits, container, zoo, context, kernels, outputs
+):
+    source = zoo[name]()
+    model, _ = run(Recipe.parse(f"tidy{{opset=25}},{AFFINE % bits}"), source, context)
+    stored = [v for n, v in model.graph.initializers.items() if n.endswith("_quantized")]
+    assert {value.dtype.name for value in stored} == {container}
+    assert kernels(model) == kernels(run(Recipe.parse("tidy{opset=25}"), source, context)[0])
+    rounded, _ = run(Recipe.parse(f"tidy{{opset=25}},{AFFINE % bits}"[:-15]), source, context)
+    shape = [3 if not isinstance(d, int) else d for d in source.graph.inputs[0].shape]
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    first, second = (outputs(m, plain=True, x=x)["y"] for m in (rounded, model))
+    np.testing.assert_allclose(first, second, rtol=0, atol=1e-5 * np.abs(first).max())
+
+
 WEIGHT_ONLY = 'assign-bits{weights=%d activations="float"},round-weights,unpack-weights'
 
 

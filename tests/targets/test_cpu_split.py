@@ -163,24 +163,23 @@ def tasks():
 @pytest.mark.slow
 def test_resnet20(tasks, tmp_path):
     task = tasks["TASKS"]["cifar-resnet20"]
-    calib, _ = task.feeds(DATA, "calib")
-    check, labels = task.feeds(DATA, "eval")
+    calib, check = (
+        {name: array[:: len(array) // 128] for name, array in task.feeds(DATA, part)[0].items()}
+        for part in ("calib", "eval")
+    )
     found = {}
     for name, options in {
-        "8": {"precision": "w8a8"},
         "4": {"precision": "w4a8"},
-        "2": {"precision": "w2a8"},
         "split": {"precision": "w2a8", "split": "auto"},
         "kmeans": {"precision": "w4a8", "split": "kmeans"},
     }.items():
         model = tasks["model_path"](task, DATA)
-        held = {**check, "labels": labels}
-        found[name] = row(fourfold.compile(model, tmp_path / name, calib, held, **options))
+        found[name] = row(fourfold.compile(model, tmp_path / name, calib, check, **options))
     sqnr = {name: one.accuracy.sqnr_db for name, one in found.items()}
-    assert sqnr["split"] > sqnr["2"] + 5
+    assert sqnr["split"] > 7  # two bits whole are below zero
     assert sqnr["kmeans"] > sqnr["4"] + 4
     assert found["kmeans"].file_bytes < 1.15 * found["4"].file_bytes
-    assert found["split"].kernels == found["kmeans"].kernels == found["8"].kernels
+    assert found["split"].kernels == found["kmeans"].kernels == found["4"].kernels
 
 
 @real
