@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.uint8]
 
 NEAREST_BLOCK = 32
+FINENESS = {PerTensor: 0, PerAxis: 1, PerBlock: 2}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def parts_of(values: Floats, split: Split, channels: Channels) -> Ids:
         split: Into how many clusters, and over what.
         channels: Where its output channels lie.
     """
-    return _over(values, split, channels, lambda found: found.ids)
+    return _over(values, split, channels, lambda found, _: found.ids)
 
 
 def centres_of(values: Floats, split: Split, channels: Channels) -> Floats:
@@ -88,17 +89,17 @@ def centres_of(values: Floats, split: Split, channels: Channels) -> Floats:
         values,
         split,
         channels,
-        lambda found: np.take_along_axis(found.centres, found.ids, 1).astype(np.float32),
+        lambda found, _: np.take_along_axis(found.centres, found.ids, 1).astype(np.float32),
     )
 
 
 def _over(
-    values: Floats, split: Split, channels: Channels, told: Callable[[Clustering], Array]
+    values: Floats, split: Split, channels: Channels, told: Callable[[Clustering, Floats], Array]
 ) -> Array:
-    """Cluster what the split spans, and return what is told of it in the weight's shape."""
+    """Cluster what the split spans, and return what is told of each in the weight's shape."""
 
     def clustered(rows: Floats) -> Array:
-        return told(kmeans(rows, split.clusters))
+        return told(kmeans(rows, split.clusters), rows)
 
     if isinstance(split.over, PerTensor):
         return clustered(values.reshape(1, -1)).reshape(values.shape)
@@ -153,7 +154,11 @@ def joined(
     clip: Clip = "auto",
     readers: Sequence[Weight] = (),
 ) -> Floats:
-    """Return the sum of the rounded parts as float32."""
+    """Return the sum of the rounded parts as float32.
+
+    A part's range is taken over what the clustering spans or over what shares a scale in the
+    format, whichever is finer; ranges that hold zero are the format's, as those of branches are.
+    """
     split = format.split
     assert split is not None
     if split.levels == 1:
@@ -163,6 +168,18 @@ def joined(
         for part in masked(values, ids):  # supports are disjoint, so the sum is exact
             floats += rounded(part, format.plain, clip, readers).floats()
         return floats
+    if FINENESS[type(split.over)] < FINENESS[type(format.granularity)]:
+        return _in_own_ranges(values, ids, format)
+    # A range is that of a part where the clusters are its own.
+    by_row = replace(format, granularity=PerAxis(0))
+    return _over(
+        values, split, channels, lambda found, rows: _in_own_ranges(rows, found.ids, by_row)
+    )
+
+
+def _in_own_ranges(values: Floats, ids: Ids, format: Format) -> Floats:
+    """Round each part in its own range."""
+    floats: Floats = np.zeros(values.shape, np.float32)
     for number in range(int(ids.max(initial=0)) + 1):
         member = ids == number
         floats = np.where(member, _in_own_range(values, member, format), floats)

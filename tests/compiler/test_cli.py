@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -359,6 +360,101 @@ def test_budgets_signals_and_plans_reach_the_compiler(call, tmp_path):
     assert code == 0
     assert "average code bits" in text
     assert (again / "cpu/model.onnx").read_bytes() == (out / "cpu/model.onnx").read_bytes()
+
+
+def shown(text):
+    """Return the lines of a report, by the name that each begins with."""
+    rows = (re.split(r" {2,}", line.strip()) for line in text.splitlines())
+    return {name: cells for name, *cells in rows}
+
+
+@pytest.mark.parametrize(("split", "least", "tables"), [("auto", 4, True), ("branches", 6, False)])
+def test_a_split_is_called_by_what_it_stores(split, least, tables, call, tmp_path):
+    out = tmp_path / "out"
+    compile_ = ("compile", MODEL, "-o", out, "--data", CALIB, "--check", CHECK)
+    code, text, error = call(*compile_, "--precision", "w2a8", "--split", split)
+    assert (code, error) == (0, "")
+    assert "w2a8 in 3 parts" in text
+    assert "INT2" not in text.upper()
+    lines = shown(text)
+    (stored,) = lines["stored bits per weight"]
+    total, codes = (float(n) for n in re.match(r"([\d.]+) \(codes ([\d.]+)", stored).groups())
+    assert total > codes >= least
+    assert ("tables" in stored) == tables
+    assert lines["weights in memory"][0].endswith("kB")
+    (row,) = json.loads(call("inspect", out, "--json")[1])["targets"]
+    assert row["precision"] == "w2a8 in 3 parts"
+    assert total == pytest.approx(sum(row["stored_bits"].values()), abs=0.005)
+    assert row["weight_memory"] > row["file_bytes"]  # unpacked at load
+    code, text, _ = call("explain", out, "--name", "fine")
+    assert "dB of the weight" in flat(text)
+    assert "INT2" not in text.split("recipe")[0].upper()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--precision", "w8a8"), "8-bit weights gain nothing by being split; ask for w2a8"),
+        ((), "8-bit weights gain nothing by being split"),
+        (("--recipe", "tidy"), "a recipe says all: leave out --split"),
+        (("--plan", "plan.json"), "a plan says all: leave out"),
+        (("--precision", "w4a8"), "12 code bits a weight are no less than int8 has"),
+    ],
+)
+def test_a_split_beside_what_it_does_not_go_with(options, message, call, home):
+    arguments = ("compile", "mlp.onnx", "-o", "build", "--data", "feeds.npz", "--split", "auto")
+    code, out, error = call(*arguments, *options)
+    assert (code, out) == (2, "")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (home / "build").exists()
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("int8grid", "unknown 'int8grid'; did you mean 'int8-grid'?; expected auto, kmeans"),
+        ("auto,3,chanel", "did you mean 'channel'"),
+        ("codebook,1", "1 clusters: expected 2..255"),
+        ("codebook,300", "300 clusters: expected 2..255"),
+        ("codebook,3,channel,levels=999", "999 levels: expected 1..256"),
+        ("branches,3,tensor,levels=2", "branches hold zeros"),
+        ("codebook", "take int8-grid, or weights only"),
+        ("nearest", "the block-wise one reads floats"),
+        ("", "expected auto, kmeans, branches"),
+    ],
+)
+def test_a_split_that_there_is_not(split, message, call, home):
+    arguments = ("compile", "mlp.onnx", "-o", "build", "--data", "feeds.npz")
+    code, out, error = call(*arguments, "--precision", "w2a8", "--split", split)
+    assert (code, out) == (2, "")
+    assert message in error.replace(" (did", "; did")
+    assert error.count("\n") == 1
+
+
+def test_importance_and_a_split(call, home):
+    """Where a few weights lie far out, twelve values serve better than sixteen equal steps."""
+    proto, draw = onnx.parser.parse_model(MLP.replace("n,16", "n,128")), np.random.default_rng(3)
+    for name, shape in (("w1", (128, 16)), ("b1", (16,)), ("w2", (16, 4))):
+        array = draw.normal(size=shape).astype(np.float32)
+        array[draw.random(shape) < 0.03] *= 15
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(proto, "wide.onnx")
+    np.savez("wide.npz", x=draw.normal(size=(20, 128)).astype(np.float32))
+    arguments = ("compile", "wide.onnx", "--data", "wide.npz", "--jobs", "1")
+    code, text, error = call(
+        *arguments, "-o", "build", "--precision", "auto", "--split", "auto", "--avg-bits", "5",
+        "--signal", "quantization-error",
+    )  # fmt: skip
+    assert (code, error) == (0, "")
+    assert "auto in 3 parts" in text
+    values = json.loads((home / "build/plan.json").read_text())["cpu"]["values"]
+    formats = {name: note.get("format") for name, note in values.items()}
+    assert formats["w1"] == "uint2 per_axis(1) split(int8-grid,3,per_tensor)"
+    code, _, error = call(*arguments[:4], "-o", "again", "--plan", "build/plan.json")
+    assert (code, error) == (0, "")
+    files = [home / name / "cpu/model.onnx" for name in ("build", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_missed_size_exits_with_3_and_shows_the_nearest(call, tmp_path):

@@ -694,3 +694,25 @@ def test_decibels_of_the_widest_weights():
     values = np.float32([3e38, -3e38])
     assert sqnr_db(values, values * np.float32(0.9)) == pytest.approx(20.0, abs=1e-4)
     assert sqnr_db(values * np.float32(1e-38), values * np.float32(0.9e-38)) == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerAxis(0)])
+@pytest.mark.parametrize("over", [PerAxis(0), PerBlock(1, 32)])
+def test_a_part_has_the_range_of_what_its_clustering_spans(over, granularity):
+    """Rounding the blocks of a weight one by one gives what rounding it whole does."""
+    draw = np.random.default_rng(3)
+    weight = draw.normal(0, 1, (5, 80)).astype(np.float32)
+    weight *= np.repeat(draw.uniform(0.1, 10, (5, 10)), 8, axis=1).astype(np.float32)
+    whole = Format("uint2", granularity, split=Split("codebook", 3, over))
+    alone = Format("uint2", PerTensor(), split=Split("codebook", 3, PerTensor()))
+
+    def rounded_parts(values, format):
+        ids = parts_of(values, format.split, Channels())
+        return joined(values, ids, format, Channels())
+
+    size = over.size if isinstance(over, PerBlock) else weight.shape[1]
+    found = rounded_parts(weight, whole)
+    for row in range(5):
+        for start in range(0, 80, size):  # the last block is shorter
+            block = np.s_[row : row + 1, start : start + size]
+            np.testing.assert_array_equal(found[block], rounded_parts(weight[block], alone))

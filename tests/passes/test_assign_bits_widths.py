@@ -896,6 +896,67 @@ def test_a_weight_that_nobody_ranked(zoo, ready):
         decided(model, context, widths=(8, 4, 2), trials=0)
 
 
+def split_forms(model, context, **options):
+    """Rank and choose with split forms among the others; return (weight -> form, decision)."""
+    wanted = {"widths": (4, 2), "split": "auto", "over": "channel"}
+    RankWeights(signals=("quantization-error",), **wanted).run(model, context)
+    return decided(model, context, **wanted, **options)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("name", ["mlp", "convnet", "attention"])
+def test_split_forms_are_weighed_as_the_others_are(name, bits, zoo, ready):
+    model = zoo[name]()
+    context = ready(model)
+    plain, _ = decided(
+        ranked(model.clone(), context, widths=(4, 2)), context, widths=(4, 2),
+        average_bits=bits, trials=0,
+    )  # fmt: skip
+    found, decision = split_forms(model, context, average_bits=bits, trials=0)
+    assert decision.average_bits <= bits + 1e-9
+    losses = loss_in_notes(model)
+    for value in weights_of(model):
+        note = notes.read(value)
+        assert note.loss == note.losses[str(Choice(note.format, note.activation))]
+        note_of_plain = note.losses[plain[str(value.name)]]
+        assert bits < 4 or note.loss <= note_of_plain
+    assert losses <= sum(
+        notes.read(value).losses[plain[str(value.name)]] for value in weights_of(model)
+    ) * (1 + 1e-9)
+    splits = {form for form in found.values() if "split" in form}
+    assert bool(splits) <= (bits > 2)
+
+
+def test_a_plan_with_splits_is_measured_as_it_will_run(zoo, ready):
+    model = zoo["mlp"]()
+    context = ready(model)
+    outlying(model)
+    found, decision = split_forms(model, context, average_bits=4, trials=3)
+    assert any("split(int8-grid" in form for form in found.values())
+    after, _ = run(Recipe.parse(f"split-layers,{EDITS}"), model, context)
+    reference, variant = session_of(model), session_of(after)
+    noise = signal = 0.0
+    for batch in context.feeds:
+        expected, got = (one.run(None, dict(batch))[0] for one in (reference, variant))
+        noise += np.square(expected - got).sum()
+        signal += np.square(expected).sum()
+    assert decision.measured_loss == pytest.approx(noise / signal, rel=1e-3)
+
+
+def outlying(model):
+    """Let a few weights of each channel lie far out, where equal steps do badly."""
+    draw = np.random.default_rng(5)
+    for value in weights_of(model):
+        array = value.const_value.numpy().copy()
+        array[draw.random(array.shape) < 0.06] *= 12
+        value.const_value = ir.tensor(array, name=value.name)
+
+
+def session_of(model):
+    content = ir.to_proto(model).SerializeToString()
+    return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+
 @pytest.mark.parametrize("method", ["milp", "greedy"])
 def test_a_second_run_changes_nothing(method, zoo, ready):
     for make in zoo.values():

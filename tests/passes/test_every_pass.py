@@ -19,6 +19,7 @@ from fourfold.compiler.graph import values
 from fourfold.compiler.precision import Precision
 from fourfold.compiler.recipe import Recipe
 from fourfold.compiler.runner import run
+from fourfold.compiler.split_plan import SplitWish
 from fourfold.compiler.verifier import Interface
 from fourfold.targets.cpu import Cpu
 
@@ -72,6 +73,8 @@ def before(name, model, context, bits=8):
         Precision(weights=bits),
         Precision(widths=(bits, 2)),
         Precision(weights=bits, planned=True),
+        Precision(weights=2, split=SplitWish("auto")),
+        Precision(weights=2, activations=None, split=SplitWish("codebook")),
     ):
         recipe = Cpu(isa="vnni").recipe(precision).passes
         names = [one.name for one in recipe]

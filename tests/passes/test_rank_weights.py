@@ -242,6 +242,62 @@ def test_what_is_offered(widths, activations, forms, zoo, context):
     assert {frozenset(note.losses) for note in found.values()} == {frozenset(forms)}
 
 
+@pytest.mark.parametrize(
+    ("options", "forms"),
+    [
+        (
+            {"split": "auto"},
+            {
+                "int4 per_axis(1) x uint8",
+                "int2 per_axis(1) x uint8",
+                "uint2 per_axis(1) split(int8-grid,3,per_tensor) x uint8",
+            },
+        ),
+        (
+            {"split": "int8-grid", "clusters": 16, "over": "channel", "levels": 1},
+            {
+                "int4 per_axis(1) x uint8",
+                "int2 per_axis(1) x uint8",
+                "uint2 per_axis(1) split(int8-grid,16,per_axis(1),levels=1) x uint8",
+            },
+        ),
+        ({"affine": True}, {"uint4 per_axis(1) x uint8", "uint2 per_axis(1) x uint8"}),
+        ({"split": "branches"}, {"int4 per_axis(1) x uint8", "int2 per_axis(1) x uint8"}),
+        (
+            {"split": "codebook", "activations": "float"},
+            {
+                "int4 per_axis(1) x float",
+                "int2 per_axis(1) x float",
+                "uint2 per_axis(1) split(codebook,2,per_tensor) x float",
+            },
+        ),
+    ],
+)
+def test_split_and_affine_forms_are_offered(options, forms, zoo, context):
+    """Branches of six bits are of no width that was asked for."""
+    clusters = {"clusters": 2} if options.get("split") == "codebook" else {}
+    found = noted(
+        zoo["attention"](),
+        context,
+        signals=("quantization-error",),
+        widths=(4, 2),
+        **options,
+        **clusters,
+    )
+    assert {frozenset(note.losses) for note in found.values()} == {frozenset(forms)}
+
+
+@pytest.mark.parametrize("signal", ["quantization-error", "activation-weighted", "measured"])
+def test_a_split_form_is_predicted_better_than_the_width_of_its_parts(signal, zoo, ready):
+    model = zoo["mlp"]()
+    options = {"widths": (4, 2), "split": "auto", "over": "channel"}
+    found = noted(model, ready(model), signals=(signal,), **options)
+    for note in found.values():
+        (split,) = (loss for form, loss in note.losses.items() if "split" in form)
+        (plain,) = (loss for form, loss in note.losses.items() if form.startswith("int2"))
+        assert 0 < split < plain
+
+
 def test_the_loss_is_that_of_the_classes_where_a_softmax_makes_them(parse, fed):
     text = f"""{HEADER} g (float[n,2] x) => (float[n,2] y) <float[2,2] w = {{1,2,-3,3.3}}> {{
         a = MatMul (x, w) y = Softmax (a) }}"""
