@@ -65,13 +65,20 @@ def legal_choices(readers: Sequence[Weight], capability: Capability) -> tuple[Ch
         readers: The weight as each of its readers sees it, at least one.
         capability: The target's.
     """
-    # Readers that see the channels on different axes share one scale for the whole tensor.
-    whole = len({reader.axis for reader in readers}) > 1
+    # Readers that see the channels on different axes share one scale for the whole tensor, and so
+    # do the matrices of a stack: integer kernels take a scale a column of one matrix only.
+    whole = len({reader.axis for reader in readers}) > 1 or any(map(_is_stack, readers))
     each = [list(_choices_of(reader, capability, whole)) for reader in readers]
     found = dict.fromkeys(choice for choices in each for choice in choices)
     pairs = list(zip(readers, each, strict=True))
     common = [choice for choice in found if all(_takes(*pair, choice) for pair in pairs)]
     return (*sorted(common, key=fineness), Choice())
+
+
+def _is_stack(reader: Weight) -> bool:
+    """Whether a MatMul's weight is several matrices."""
+    assert reader.value.const_value is not None
+    return reader.node.op_type == "MatMul" and len(reader.value.const_value.shape) > 2
 
 
 def _takes(reader: Weight, own: list[Choice], choice: Choice) -> bool:

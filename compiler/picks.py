@@ -204,6 +204,8 @@ def _same_form(asked: Choice, legal: Choice) -> bool:
     split = asked.format.split
     if split is not None and split.form in ("codebook", "nearest") and asked.activation != "float":
         return False
+    if split is not None and split.form == "int8-grid" and asked.format.stored_bits > 4:
+        return False  # int8 itself takes no more
     plain = asked.format.plain
     if split is not None and split.form != "branches":
         # A table holds values: whether they came of codes with a zero point is no longer seen.

@@ -113,7 +113,8 @@ def _is_stored(value: ir.Value | None) -> bool:
 def _is_widened(value: ir.Value | None) -> bool:
     """Whether the value is a weight whose kernel was chosen to read float activations."""
     producer = value.producer() if value is not None else None
-    codes = producer.inputs[0] if producer is not None and producer.inputs else None
+    stored = producer is not None and is_standard(producer, "DequantizeLinear")
+    codes = producer.inputs[0] if producer is not None and stored else None
     return codes is not None and is_constant(codes) and notes.read(codes).activation == "float"
 
 

@@ -5,7 +5,7 @@ becomes: MatMul(dq(x), DequantizeLinear(Gather(table: int8 [16], Cast(index: uin
 before:  Conv(x, w: float of at most 16 values a channel)
 becomes: Conv(x, Reshape(GatherElements(table [O, 16], Cast(index: uint4 [O, n]), axis=1), shape))
 
-Weights that `split-layers` gave few values, and only where that makes the file smaller. The
+Weights that `split-layers` gave few values, and only where indices and tables are smaller. The
 runtime folds the Gather, so that in memory the weight has the width of the kernel that reads it.
 """
 

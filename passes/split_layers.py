@@ -67,6 +67,15 @@ class SplitLayers(Pass):
         planned = any(notes.read(value).format is not None for value in weights_of(model))
         if self.form not in ("planned", "branches") and not planned and weights_of(model):
             yield f"form {self.form} rounds weights, and none is planned; put assign-bits before"
+        if context.plan is not None and context.feeds is None:
+            branching = next(
+                (v for v in weights_of(model) if _branches_in_codes(v, context)), None
+            )
+            if branching is not None:
+                yield (
+                    f"the plan has branches of {branching.name} that write codes, whose ranges "
+                    "take calibration feeds; pass --data FILE, as when the plan was made"
+                )
 
     def run(self, model: ir.Model, context: Context) -> int:
         """Split every weight once; return how many."""
@@ -122,7 +131,12 @@ class SplitLayers(Pass):
         floats = None
         if not reason and (not ids.any() or (split.form == "branches" and len(parts) < 2)):
             reason = "it has one part only"
-        if not reason and parts and one.writes_codes(context) and context.feeds is None:
+        if (
+            not reason
+            and parts
+            and _writes_codes(one.value, one.readers, context)
+            and context.feeds is None
+        ):
             reason = "its branches' outputs need ranges, and there are no feeds to take them from"
         if not reason and isinstance(format, Format):
             floats = joined(one.floats, ids, format, one.channels, self.clip, one.readers)
@@ -172,7 +186,7 @@ class SplitLayers(Pass):
         for number, part in enumerate(parts):
             homes.append(constants.add(graph, f"{name}_part_{number}", part))
             homes[-1].meta[notes.KEY] = replace(note, format=plain, part=name, split=str(format))
-        codes = one.writes_codes(context)
+        codes = _writes_codes(one.value, one.readers, context)
         fresh: list[ir.Value] = []
         for reader in one.readers:
             node = reader.node  # a body stays float, and so does what was kept
@@ -222,13 +236,6 @@ class _Weight:
         """Return the part of each element."""
         return parts_of(self.floats, split, self.channels)
 
-    def writes_codes(self, context: Context) -> bool:
-        """Whether its kernel is an integer one that cannot write floats."""
-        if notes.read(self.value).activation in (None, "float"):
-            return False
-        rows = [r for one in self.readers for r in context.capability.rows_of(one.node.op_type)]
-        return not all(row.float_output for row in rows)
-
     def replace(self, floats: Floats, format: Format) -> None:
         """Put the split values in the weight's place, with a note of what is to follow."""
         tensor = ir.tensor(floats.astype(self.whole.dtype), name=self.value.name)
@@ -238,6 +245,22 @@ class _Weight:
             notes.write(self.value, mode="float", format=format, split=str(format))
         else:
             notes.write(self.value, format=behind, split=str(format))
+
+
+def _writes_codes(value: ir.Value, readers: Sequence[Weight], context: Context) -> bool:
+    """Whether the weight's kernel is an integer one that cannot write floats."""
+    if notes.read(value).activation in (None, "float"):
+        return False
+    rows = [row for one in readers for row in context.capability.rows_of(one.node.op_type)]
+    return not all(row.float_output for row in rows)
+
+
+def _branches_in_codes(value: ir.Value, context: Context) -> bool:
+    """Whether a weight is planned as branches whose outputs need ranges."""
+    format = notes.read(value).format
+    split = format.split if format is not None else None
+    branches = split is not None and split.form == "branches"
+    return branches and _writes_codes(value, readers_of(value), context)
 
 
 def _give_ranges(model: ir.Model, fresh: Sequence[ir.Value], context: Context) -> None:

@@ -140,7 +140,7 @@ def every(granularity, *widths):
         ("y = Gemm (x, w)", (64, 8), "float[n,64] x", "per_axis(1)"),
         ("y = Gemm <transB = 1> (x, w)", (8, 64), "float[n,64] x", "per_axis(0)"),
         ("y = MatMul (x, w)", (48, 8), "float[n,48] x", "per_axis(1)"),
-        ("y = MatMul (x, w)", (3, 64, 8), "float[3,n,64] x", "per_axis(2)"),
+        ("y = MatMul (x, w)", (3, 64, 8), "float[3,n,64] x", "per_tensor"),
     ],
 )
 def test_forms_of_one_reader(body, shape, x, granularity):

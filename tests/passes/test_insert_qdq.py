@@ -378,3 +378,17 @@ def test_a_second_run_changes_nothing(text, quantized, context):
     before = str(model.graph)
     assert InsertQdq().run(model, context) == 0
     assert str(model.graph) == before
+
+
+def test_a_float_embedding_does_not_keep_the_layer_behind_it_float(context, kernels, parse):
+    """Its table is a constant too, and is no weight of that layer."""
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (int64[n] x) => (float[n,4] y)
+    <float[3,4] t = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12},
+     float[4,4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}> {
+        [look_up] e = Gather (t, x)
+        [layer] y = MatMul (e, w)
+    }"""
+    recipe = 'assign-bits{activations="dynamic" embeddings=false},round-weights,insert-qdq'
+    after, _ = run(Recipe.parse(recipe), parse(text), context)
+    assert "DynamicQuantizeMatMul" in kernels(after)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
+import fourfold
 from fourfold.compiler.precision import Precision
 from fourfold.targets.cpu import METADATA, Cpu, host_isa
 
@@ -251,3 +252,17 @@ def test_a_function_of_the_model_is_no_unsupported_operator():
 def test_narrow_weights_raise_the_opset_to_one_that_stores_them(zoo):
     tidy = {p: str(VNNI.recipe(Precision.parse(p)).passes[1]) for p in ("w8a8", "w4a8", "w2a8")}
     assert tidy == {"w8a8": "tidy", "w4a8": "tidy{opset=21}", "w2a8": "tidy{opset=25}"}
+
+
+def test_a_stack_of_matrices_runs_in_integers(tmp_path):
+    """Its kernel takes one scale: with a scale a column onnxruntime fails when it runs."""
+    text = '<ir_version: 10, opset_import: ["" : 21]> g (float[n,2,5,16] x) => (float[n,2,5,8] y)'
+    draw = np.random.default_rng(0)
+    numbers = ", ".join(f"{v:.4f}" for v in draw.normal(size=256))
+    model = ir.from_onnx_text(
+        f"{text} <float[2,16,8] w = {{{numbers}}}> {{ [one] y = MatMul (x, w) }}"
+    )
+    feeds = {"x": draw.normal(size=(40, 2, 5, 16)).astype(np.float32)}
+    row = fourfold.compile(model, tmp_path / "out", feeds).report.targets[0]
+    assert row.kernels["MatMulIntegerToFloat"] == 1
+    assert row.accuracy.sqnr_db > 30
