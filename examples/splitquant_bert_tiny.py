@@ -119,7 +119,7 @@ def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def trained(task: bert_tiny.Task, vocabulary: int, seed: int, folder: Path) -> Path:
     """Return the float model of one seed, trained where it is not there yet."""
-    path = folder / f"{task.name}-{seed}.onnx"
+    path = folder / f"{task.name}-{task.epochs}-epochs-{seed}.onnx"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")

@@ -93,4 +93,4 @@ def test_splitquant_bert_tiny(tmp_path):
     assert sqnr[split] > sqnr[whole] + 3
     assert sqnr[same] == sqnr[split]
     assert lines[-1].startswith("gain of the paper's branches over the same 2 bits whole: ")
-    assert (tmp_path / "models/sms_spam-0.onnx").is_file()
+    assert (tmp_path / "models/sms_spam-1-epochs-0.onnx").is_file()
