@@ -37,6 +37,7 @@ class Layout:
     precision: str
     split: str | None = None
     affine: bool = False
+    rounding: str = "nearest"
 
 
 LAYOUTS = (
@@ -50,41 +51,42 @@ LAYOUTS = (
     Layout("w2a8 split, branches", "w2a8", "branches"),
     Layout("w2a8 split, int8-grid", "w2a8", "int8-grid"),
     Layout("w2a8 split a channel", "w2a8", "int8-grid,3,channel"),
+    Layout("w4a8 GPTQ", "w4a8", rounding="gptq"),
+    Layout("w4a8 zero points, GPTQ", "w4a8", affine=True, rounding="gptq"),
 )
 
 
 def compiled(model: Any, layout: Layout, out: Path, feeds: Any) -> fourfold.Artifact:
     """Compile a model in one layout; eight samples check, so that memory is known."""
     options: dict[str, Any] = {"precision": layout.precision, "split": layout.split}
-    if layout.affine:
-        options = {"recipe": with_zero_points(layout.precision)}
+    if layout.affine or layout.rounding != "nearest":
+        options = {"recipe": changed_recipe(layout)}
     few = [feeds[0]] if isinstance(feeds, list) else {n: v[:8] for n, v in feeds.items()}
     return fourfold.compile(model, out, feeds, few, **options)
 
 
-def with_zero_points(precision: str) -> fourfold.Recipe:
-    """Return the CPU recipe of a precision, with affine weights."""
+def changed_recipe(layout: Layout) -> fourfold.Recipe:
+    """Return the CPU recipe of a precision, with affine weights or another rounding."""
     from fourfold.compiler.precision import Precision
-    from fourfold.passes.assign_bits import AssignBits
     from fourfold.targets.cpu import Cpu
 
-    passes = Cpu().recipe(Precision.parse(precision)).passes
-    return fourfold.Recipe(
-        tuple(
-            p.model_copy(update={"affine": True}) if isinstance(p, AssignBits) else p
-            for p in passes
-        )
-    )
+    changes = {
+        "assign-bits": {"affine": layout.affine},
+        "round-weights": {"method": layout.rounding},
+    }
+    passes = Cpu().recipe(Precision.parse(layout.precision)).passes
+    return fourfold.Recipe(tuple(p.model_copy(update=changes.get(p.name, {})) for p in passes))
 
 
-def models(task_name: str, rounds: int) -> Iterator[str]:
-    """Yield a table's lines for one task."""
+def models(task_name: str, rounds: int, names: list[str] | None = None) -> Iterator[str]:
+    """Yield a table's lines for one task: all layouts, or these beside w8a8."""
     task = measure.task_named(task_name)
     source, feeds = measure.tasks().model_path(task), cpu.calibration(task)
     with tempfile.TemporaryDirectory() as folder:
         made = {
             one.name: compiled(source, one, Path(folder) / str(n), feeds)
             for n, one in enumerate(LAYOUTS)
+            if names is None or one.name in ("w8a8", *names)
         }
         paths = {"float": source} | {name: a.entry("cpu") for name, a in made.items()}
         seconds = measure.interleaved(paths, measure.latency_feeds(task, 8), rounds)
@@ -212,12 +214,22 @@ def main() -> None:
     parser.add_argument("what", choices=("models", "layers", "activations"))
     parser.add_argument("--task", choices=TASKS, action="append")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--layout", action="append", help="rows of models; all by default")
     chosen = parser.parse_args()
     if chosen.what == "layers":
         lines = layers(chosen.rounds)
     else:
-        table = models if chosen.what == "models" else activations
-        lines = (line for task in chosen.task or TASKS for line in table(task, chosen.rounds))
+        tasks = chosen.task or TASKS
+        whole = chosen.what == "models"
+        lines = (
+            line
+            for task in tasks
+            for line in (
+                models(task, chosen.rounds, chosen.layout)
+                if whole
+                else activations(task, chosen.rounds)
+            )
+        )
     for line in lines:
         print(line, flush=True)
 

@@ -2,10 +2,10 @@
 
     python examples/splitquant_bert_tiny.py [--data ../shared/data] [--out build/bert] [--seeds 3]
 
-Weights of linear layers only, no calibration data, embeddings and biases left float, as in the
-paper (J. Song and F. Lin, arXiv 2501.12428): affine, a range a row, from least to greatest weight.
-Beside it, what else the same stored bits buy. Needs the `torch` extra; training takes a minute or
-two a model, and models that are there already are used again.
+Weights of linear layers only, embeddings and biases left float, no calibration data (but for
+GPTQ), as in the paper (J. Song and F. Lin, arXiv 2501.12428): affine, a range a row, from least to
+greatest weight. Beside it, what else the same stored bits buy. Needs the `torch` extra; training
+takes a minute or two a model, and models that are there already are used again.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ import onnxruntime
 
 import fourfold
 
+Arrays = dict[str, np.ndarray]
+
 BESIDE = Path(__file__).resolve().parents[2] / "shared/data"
 HEAD = "widen-floats,tidy{opset=25},fold-batchnorm"
 BITS = 'assign-bits{{weights={} activations="float" embeddings=false affine=true{}}}'
-LEAST, GREATEST = 'round-weights{clip="minmax"}', "round-weights"
+LEAST, BEST = 'round-weights{clip="minmax"}', "round-weights"
+GPTQ = 'round-weights{method="gptq" samples=256}'
 BRANCHES = 'split-layers{form="branches" clip="minmax"}'
 
 
@@ -39,6 +42,7 @@ class Layout:
     split: str = ""
     options: str = ""
     rounding: str = LEAST
+    calibrated: bool = False
 
     @property
     def recipe(self) -> str:
@@ -72,11 +76,13 @@ LAYOUTS = (
     Layout("k-means, 16 values a weight", 2, table("clusters=16 levels=1")),
     Layout("k-means, 16 values a row", 2, grid("clusters=16 levels=1")),
     Layout("k-means, 4 values a row", 2, grid("clusters=4 levels=1")),
-    Layout("2 bits, range by squared error", 2, rounding=GREATEST),
+    Layout("2 bits, range by squared error", 2, rounding=BEST),
     Layout("2 bits, blocks of 32", 2, options=" block=32"),
     Layout("3 bits", 3),
     Layout("3 bits, blocks of 32", 3, options=" block=32"),
     Layout("4 bits, blocks of 32", 4, options=" block=32"),
+    Layout("2 bits by GPTQ, 256 texts", 2, rounding=GPTQ, calibrated=True),
+    Layout("4 bits by GPTQ, 256 texts", 4, rounding=GPTQ, calibrated=True),
 )
 
 
@@ -90,14 +96,17 @@ class Result:
     bytes: int
 
 
-def measured(model: Path, layout: Layout | None, feeds: dict[str, np.ndarray]) -> Result:
+def measured(
+    model: Path, layout: Layout | None, feeds: Arrays, calibration: Arrays | None = None
+) -> Result:
     """Compile one layout (None: the float model) and run the test texts through it."""
     source, labels = _logits(model, feeds), feeds["labels"]
     if layout is None:
         return Result(32, _accuracy(source, labels), np.inf, model.stat().st_size)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        made = fourfold.compile(model, out, recipe=layout.recipe, check=False)
+        data = calibration if layout.calibrated else None
+        made = fourfold.compile(model, out, data, recipe=layout.recipe, check=False)
         entry, row = made.entry("cpu"), made.report.targets[0]
         logits = _logits(entry, feeds)
     noise = np.square(logits - source).sum()
@@ -105,7 +114,7 @@ def measured(model: Path, layout: Layout | None, feeds: dict[str, np.ndarray]) -
     return Result(row.stored_bits.total, _accuracy(logits, labels), sqnr, row.file_bytes)
 
 
-def _logits(model: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
+def _logits(model: Path, feeds: Arrays) -> np.ndarray:
     """Run all texts on onnxruntime."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     inputs = {one.name: feeds[one.name] for one in session.get_inputs()}
@@ -177,11 +186,12 @@ def main() -> None:
     tasks, vocabulary = bert_tiny.read_tasks(chosen.data / "text")
     for name in chosen.task or list(tasks):
         task = tasks[name](chosen.epochs)
-        feeds = task.test.feeds()
+        feeds, texts = task.test.feeds(), task.train.feeds()
         models = [trained(task, vocabulary, seed, chosen.out) for seed in range(chosen.seeds)]
         layouts = [one for one in LAYOUTS if one.name in (chosen.layout or one.name)]
         rows = [
-            [measured(model, layout, feeds) for model in models] for layout in (None, *layouts)
+            [measured(model, layout, feeds, texts) for model in models]
+            for layout in (None, *layouts)
         ]
         show(name, rows, layouts)
 

@@ -11,6 +11,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from fourfold.compiler import notes
 from fourfold.compiler.capability import Capability
 from fourfold.compiler.contract import Context
+from fourfold.compiler.feeds import Feeds, input_specs
 from fourfold.compiler.formats import Format, PerAxis, PerBlock, PerTensor
 from fourfold.compiler.quantizers import affine_parameters
 from fourfold.compiler.recipe import Recipe
@@ -355,3 +356,129 @@ def test_clipping_an_unsigned_weight_costs_nothing(array, dtype, granularity):
         for clip in ("mse", "minmax")
     ]
     assert errors[0] <= errors[1] * (1 + 1e-5)
+
+
+# Rounding that keeps the outputs
+
+
+def fed(model, tmp_path, x, **capability):
+    """Return a context with these feeds."""
+    feeds = Feeds.read({"x": x}, input_specs(model))
+    return Context(Capability("any", (21, 25), (), **capability), tmp_path, feeds=feeds)
+
+
+def correlated(rng, *shape):
+    """Return samples whose channels share a few directions; those of images are on axis 1."""
+    images = len(shape) == 4
+    last = (shape[0], *shape[2:], shape[1]) if images else shape
+    rank = 2 if images else 5
+    shared = rng.normal(size=(*last[:-1], rank)) @ rng.normal(size=(rank, last[-1]))
+    whole = (shared + 0.2 * rng.normal(size=last)).astype(np.float32)
+    return np.ascontiguousarray(np.moveaxis(whole, -1, 1)) if images else whole
+
+
+def around(node, inputs, weight):
+    """Return a model of one node and its weight `w`, with names and types."""
+    shape = ",".join(map(str, weight.shape))
+    head = f"{HEADER} g ({inputs}, float[{shape}] w) => (y)"
+    model = ir.from_onnx_text(f"{head} {{ [one] y = {node} }}")
+    value = model.graph.inputs.pop()
+    value.const_value = ir.tensor(weight, name="w")
+    model.graph.register_initializer(value)
+    model.graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    ShapeInferencePass()(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "shape", "size", "format"),
+    [
+        ("MatMul (x, w)", "float[n,32] x", (32, 12), (400, 32), "int4:3 per_axis(1)"),
+        ("MatMul (x, w)", "float[n,32] x", (32, 12), (400, 32), "uint4:3 per_axis(1)"),
+        ("MatMul (x, w)", "float[n,32] x", (32, 12), (400, 32), "int4:3 per_tensor"),
+        ("MatMul (x, w)", "float[n,32] x", (32, 12), (400, 32), "int4:3 per_block(0,16)"),
+        ("Gemm <transB = 1> (x, w)", "float[n,32] x", (12, 32), (400, 32), "int4:3 per_axis(0)"),
+        (
+            "Conv <pads = [1,1,1,1]> (x, w)",
+            "float[n,6,8,8] x",
+            (12, 6, 3, 3),
+            (20, 6, 8, 8),
+            "int4:3 per_axis(0)",
+        ),
+        (
+            "Conv <group = 2> (x, w)",
+            "float[n,12,8,8] x",
+            (8, 6, 3, 3),
+            (20, 12, 8, 8),
+            "uint4:3 per_axis(0)",
+        ),
+    ],
+)
+def test_gptq_keeps_outputs_on_the_grid_of_the_nearest(
+    node, inputs, shape, size, format, tmp_path, outputs
+):
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=shape).astype(np.float32)
+    x = correlated(rng, *size)
+    found = {}
+    for method in ("nearest", "gptq"):
+        model = around(node, inputs, weight)
+        notes.apply_plan(model, {"w": {"format": format, "mode": "static"}})
+        expected = outputs(model, plain=True, x=x)["y"]
+        assert RoundWeights(method=method, samples=0).run(model, fed(model, tmp_path, x)) == 1
+        got = outputs(model, plain=True, x=x)["y"]
+        stored = {n: v.const_value.numpy() for n, v in model.graph.initializers.items()}
+        found[method] = np.square(got - expected).sum(), stored
+    (plain, first), (kept, second) = found.values()
+    assert kept < 0.7 * plain
+    assert first.keys() == second.keys()
+    for name in first.keys() - {"w_quantized"}:
+        np.testing.assert_array_equal(first[name], second[name])  # the same scales
+    assert not np.array_equal(first["w_quantized"], second["w_quantized"])
+    least, greatest = (-4, 3) if format.startswith("i") else (0, 7)
+    codes = second["w_quantized"].astype(np.int32)
+    assert least <= codes.min()
+    assert codes.max() <= greatest
+
+
+@pytest.mark.parametrize("format", ["int8 per_axis(1)", "int4 per_axis(1)", "uint2 per_tensor"])
+def test_gptq_of_inputs_that_do_not_correlate_is_the_nearest(format, tmp_path):
+    array = np.random.default_rng(1).normal(size=(16, 5)).astype(np.float32)
+    codes = []
+    for method in ("nearest", "gptq"):
+        model = matmul(array, format)
+        context = fed(model, tmp_path, np.eye(16, dtype=np.float32))
+        RoundWeights(method=method, samples=0).run(model, context)
+        codes.append(model.graph.initializers["w_quantized"].const_value.numpy())
+    np.testing.assert_array_equal(*(one.astype(np.int32) for one in codes))
+
+
+def test_gptq_asks_for_feeds():
+    model = matmul(np.ones((4, 3), np.float32))
+    assert list(RoundWeights(method="gptq").requires(model, ANY)) == [
+        "method gptq needs calibration feeds; pass --data FILE"
+    ]
+    assert list(RoundWeights().requires(model, ANY)) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "fields", "reason"),
+    [
+        ("[one] a = MatMul (x, w) [two] y = MatMul (a, w)", {}, "several layers read it"),
+        ("[one] y = MatMul (x, w)", {"part": "v", "split": "s"}, "zeros of a part stay zeros"),
+        ("[one] y = MatMul (x, w)", {"split": "s"}, "its values are those of a table"),
+    ],
+)
+def test_what_gptq_does_not_take_is_rounded_to_nearest(body, fields, reason, tmp_path):
+    array = np.random.default_rng(2).normal(size=(6, 6)).astype(np.float32)
+    plain, model = (matmul(array, "int4 per_tensor", body) for _ in range(2))
+    notes.write(model.graph.initializers["w"], **fields)
+    x = correlated(np.random.default_rng(3), 50, 6)
+    context = fed(model, tmp_path, x)
+    assert RoundWeights(method="gptq").run(model, context) == 1
+    assert [r.reason for r in context.remarks] == [f"rounded to nearest: {reason}"]
+    RoundWeights().run(plain, context)
+    first, second = (
+        one.graph.initializers["w_quantized"].const_value.numpy() for one in (plain, model)
+    )
+    np.testing.assert_array_equal(first.astype(np.int32), second.astype(np.int32))
