@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .formats import Format, PerAxis, PerBlock, PerTensor, Split
+from .formats import Format, Granularity, PerAxis, PerBlock, PerTensor, Split
 from .graph import Weight
 from .kmeans import Clustering, kmeans
 from .quantizers import Floats, grouped_max, spread
@@ -27,7 +27,6 @@ Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.uint8]
 
 NEAREST_BLOCK = 32
-FINENESS = {PerTensor: 0, PerAxis: 1, PerBlock: 2}
 
 
 @dataclass(frozen=True)
@@ -168,13 +167,23 @@ def joined(
         for part in masked(values, ids):  # supports are disjoint, so the sum is exact
             floats += rounded(part, format.plain, clip, readers).floats()
         return floats
-    if FINENESS[type(split.over)] < FINENESS[type(format.granularity)]:
+    if _fineness(split.over) < _fineness(format.granularity):
         return _in_own_ranges(values, ids, format)
     # A range is that of a part where the clusters are its own.
     by_row = replace(format, granularity=PerAxis(0))
     return _over(
         values, split, channels, lambda found, rows: _in_own_ranges(rows, found.ids, by_row)
     )
+
+
+def _fineness(granularity: Granularity) -> tuple[int, int]:
+    """Return a key that is greater for finer granularities."""
+    match granularity:
+        case PerBlock(_, size):
+            return 2, -size
+        case PerAxis():
+            return 1, 0
+    return 0, 0
 
 
 def _in_own_ranges(values: Floats, ids: Ids, format: Format) -> Floats:

@@ -716,3 +716,19 @@ def test_a_part_has_the_range_of_what_its_clustering_spans(over, granularity):
         for start in range(0, 80, size):  # the last block is shorter
             block = np.s_[row : row + 1, start : start + size]
             np.testing.assert_array_equal(found[block], rounded_parts(weight[block], alone))
+
+
+def test_blocks_of_a_format_that_are_smaller_than_those_of_the_split_have_ranges_of_their_own():
+    values = np.random.default_rng(5).normal(size=(3, 64)).astype(np.float32)
+    over, few = PerBlock(1, 64), PerBlock(1, 4)
+    split = Split("codebook", 2, over)
+    wide, narrow = (
+        joined(
+            values,
+            parts_of(values, split, Channels()),
+            Format("uint2", one, split=split),
+            Channels(),
+        )
+        for one in (PerAxis(0), few)
+    )
+    assert sqnr_db(values, narrow) > sqnr_db(values, wide) + 3
