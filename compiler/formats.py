@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -275,7 +275,7 @@ def _split(text: str) -> Split:
         raise RecipeError(f"not a split: {text!r}; expected e.g. 'split(codebook,3,per_tensor)'")
     form, clusters, over, levels, zero, grid = found.groups()
     return Split(
-        form,  # type: ignore[arg-type]
+        cast("Form", form),  # an unknown one is refused by Split itself
         int(clusters),
         parse_granularity(over),
         int(levels or 0),

@@ -42,9 +42,11 @@ def stored_bits(model: ir.Model) -> Stored | None:
     bits = {"codes": 0, "tables": 0, "scales": 0}
     counted: set[int] = set()
     for value in model.graph.initializers.values():
-        note = notes.read(value)
+        note, tensor = notes.read(value), value.const_value
+        if tensor is None:
+            continue
         if note.format is not None:
-            elements[note.part or str(value.name)] = value.const_value.size  # type: ignore[union-attr]
+            elements[note.part or str(value.name)] = tensor.size
         elif note.part is None or note.split is not None:
             continue  # neither codes nor the scales of rows: a float, perhaps a part
         kind = "codes" if note.format is not None else "scales"
