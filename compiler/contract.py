@@ -104,6 +104,7 @@ class Context:
         plan: A plan to obey instead of deciding anew: value name -> fields of its note.
         jobs: Processes for work that can be shared out.
         decisions: Where passes put how they chose.
+        floats: Where the float model is kept; see `float_model`.
     """
 
     capability: Capability
@@ -117,6 +118,17 @@ class Context:
     plan: Mapping[str, Mapping[str, Any]] | None = None
     jobs: int = 1
     decisions: list[Decision] = field(default_factory=list)
+    floats: list[ir.Model] = field(default_factory=list)
+
+    def float_model(self, model: ir.Model) -> ir.Model:
+        """Return the model as it was before anything was lost; the first call keeps it.
+
+        A pass that loses anything calls this before it edits; a pass that makes up for what was
+        lost compares with it. Values are the same where names are. Weights are shared.
+        """
+        if not self.floats:
+            self.floats.append(model.clone())
+        return self.floats[0]
 
     def remark(self, source: Pass, subject: str | None, reason: str) -> None:
         """Record why a pass did or did not do something to `subject`."""

@@ -93,7 +93,7 @@ class Workbench:
         """Run a recipe and write the variant; passes before the last decision run once for all."""
         shared, decide, behind = recipe.parts()
         model, rows, remarks, spent = self._ranked(shared)
-        context = replace(self._context, remarks=[], decisions=[])
+        context = replace(self._context, remarks=[], decisions=[], floats=[])
         start = time.perf_counter()
         decided, second = runner.run(decide, model, context)
         plan = notes.plan(decided) if decide.passes else {}
@@ -120,7 +120,7 @@ class Workbench:
         """Return the model after the shared passes."""
         key = str(shared)
         if key not in self._shared:
-            context = replace(self._context, remarks=[], decisions=[])
+            context = replace(self._context, remarks=[], decisions=[], floats=[])
             start = time.perf_counter()
             model, rows = runner.run(shared, self.source.model, context)
             spent = time.perf_counter() - start
