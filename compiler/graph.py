@@ -113,6 +113,19 @@ def operand_of(weight: Weight) -> ir.Value:
     return value
 
 
+def undequantized(value: ir.Value) -> ir.Value:
+    """Return the float value behind a quantizer and its DequantizeLinear; any other as it is."""
+    node = value.producer()
+    if node is None or not is_standard(node, "DequantizeLinear") or node.inputs[0] is None:
+        return value
+    quantizer = node.inputs[0].producer()
+    if quantizer is None or not is_standard(quantizer, "QuantizeLinear", "DynamicQuantizeLinear"):
+        return value
+    source = quantizer.inputs[0]
+    assert source is not None
+    return source
+
+
 def first_reader(value: ir.Value, graph: ir.Graph) -> ir.Node:
     """Return the first node of the graph that reads a value, or whose bodies do."""
     reads = {id(use.node) for use in value.uses()}

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import notes
 from .formats import Format, PerAxis, PerBlock
-from .graph import Weight
+from .graph import Weight, undequantized
 from .quantizers import (
     Codes,
     Floats,
@@ -127,7 +127,8 @@ def _least_scale(weight: Weight, format: Format) -> Floats:
 
     Dead channels after batch-norm folding have tiny weights and an ordinary bias.
     """
-    note = notes.read(weight.node.inputs[0]) if weight.node.inputs[0] is not None else notes.EMPTY
+    operand = weight.node.inputs[0]
+    note = notes.read(undequantized(operand)) if operand is not None else notes.EMPTY
     if weight.bias is None or note.mode != "static" or note.format is None or note.low is None:
         return np.zeros((), np.float32)
     input_scale, _ = affine_parameters(note.low, note.high or 0.0, note.format)

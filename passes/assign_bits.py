@@ -41,6 +41,7 @@ from ..compiler.ties import agreed, ties_of, together
 from ..compiler.trial import Reference
 from .insert_qdq import InsertQdq
 from .lower_embeddings import LowerEmbeddings
+from .quantize_biases import QuantizeBiases
 from .round_weights import RoundWeights
 from .split_layers import SplitLayers
 from .unpack_weights import UnpackWeights
@@ -268,8 +269,9 @@ class AssignBits(Pass):
         self._write(clone, quiet, taken, kept, {})
         edits = (
             SplitLayers(clip=self.clip),
-            RoundWeights(clip=self.clip),
             InsertQdq(),
+            RoundWeights(clip=self.clip),
+            QuantizeBiases(),
             LowerEmbeddings(),
             UnpackWeights(),
         )

@@ -1,30 +1,27 @@
 """Inserts QuantizeLinear and DequantizeLinear where the plan says, so that the runtime fuses them.
 
-before:  Conv(x, dq(w), b) -> Relu -> y                      notes: x, y uint8 static
-becomes: Conv(dq(q(x)), dq(w), dq(b_quantized)) -> Relu -> q -> dq -> readers of y
+before:  Conv(x, w, b) -> Relu -> y                      notes: w int8; x, y uint8 static
+becomes: Conv(dq(q(x)), w, b) -> Relu -> q -> dq -> readers of y
 
 A static value gets a fixed scale and zero point, a dynamic one a DynamicQuantizeLinear. Readers
 that run in float read the float value itself when there is one: a residual must not lose precision
-for the sake of a MatMul beside it. Biases become int32 with scale s_x * s_w.
+for the sake of a MatMul beside it. Weights may be stored already or only planned; their codes can
+then be chosen for what their layers really read. Biases are left to `quantize-biases`.
 Source: Krishnamoorthi, arXiv 1806.08342, section 3; placement rules in docs/design.md.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from ..compiler import constants, notes, regions
 from ..compiler.contract import Context, Pass
 from ..compiler.graph import is_constant, is_standard, values
 from ..compiler.quantizers import affine_parameters
-from ..compiler.weights import opened
-
-INT32 = 2**31 - 1
 
 
 class InsertQdq(Pass):
-    """Obey the plan for activations and biases."""
+    """Obey the plan for activations."""
 
     def run(self, model: ir.Model, context: Context) -> int:
         """Insert one quantizer a planned value; return how many were inserted."""
@@ -40,8 +37,6 @@ class InsertQdq(Pass):
         readers = {str(v.name): _integer_readers(v, context) for v in planned}
         for value in planned:
             _insert(graph, value, homes, readers[str(value.name)])
-        for node in list(graph):
-            _quantize_bias(graph, node)
         return len(planned)
 
 
@@ -101,7 +96,9 @@ def _reads_codes(node: ir.Node, context: Context) -> bool:
 
 
 def _is_stored(value: ir.Value | None) -> bool:
-    """Whether the value is a weight: a DequantizeLinear of constant codes."""
+    """Whether the value is a weight in codes: stored, or planned to be."""
+    if is_constant(value):
+        return value is not None and notes.read(value).mode == "static"
     producer = value.producer() if value is not None else None
     return (
         producer is not None
@@ -112,6 +109,8 @@ def _is_stored(value: ir.Value | None) -> bool:
 
 def _is_widened(value: ir.Value | None) -> bool:
     """Whether the value is a weight whose kernel was chosen to read float activations."""
+    if is_constant(value):
+        return value is not None and notes.read(value).activation == "float"
     producer = value.producer() if value is not None else None
     stored = producer is not None and is_standard(producer, "DequantizeLinear")
     codes = producer.inputs[0] if producer is not None and stored else None
@@ -202,53 +201,3 @@ def _dynamic(value: ir.Value) -> list[ir.Node]:
         "DequantizeLinear", list(quantize.outputs), f"{name}_DequantizeLinear", value
     )
     return [quantize, dequantize]
-
-
-def _quantize_bias(graph: ir.Graph, node: ir.Node) -> None:
-    """Turn the float bias of an integer Conv or Gemm into int32 codes of scale s_x * s_w."""
-    bias = node.inputs[2] if is_standard(node, "Conv", "Gemm") and len(node.inputs) > 2 else None
-    if bias is None or not is_constant(bias):
-        return
-    scales = [_constant_scale(value) for value in node.inputs[:2]]
-    if any(scale is None for scale in scales):
-        return
-    with opened(bias) as array:
-        floats = np.array(array, np.float64)
-    if floats.size != np.size(floats, -1 if floats.ndim else None):
-        return  # a Gemm's matrix of biases has no scale for each channel
-    floats = floats.ravel()
-    x_scale, w_scale = scales
-    assert x_scale is not None
-    assert w_scale is not None
-    scale = np.asarray(x_scale.astype(np.float64) * w_scale, np.float32).ravel()
-    codes = np.clip(np.rint(floats / scale.astype(np.float64)), -INT32, INT32).astype(np.int32)
-    name = str(bias.name)
-    stored = constants.add(graph, f"{name}_quantized", codes)
-    shaped = scale if scale.size > 1 else np.asarray(scale[0])
-    dequantize = constants.make_node(
-        "DequantizeLinear",
-        [
-            stored,
-            constants.add(graph, f"{name}_scale", shaped),
-            constants.zero_points(graph, shaped, ir.DataType.INT32),
-        ],
-        f"{name}_DequantizeLinear",
-        like=bias,
-        attributes={"axis": 0},
-    )
-    dequantize.outputs[0].name = constants.free(graph, f"{node.name}_{name}_dequantized")
-    graph.insert_before(node, dequantize)
-    node.replace_input_with(2, dequantize.outputs[0])
-    if not tuple(bias.uses()):
-        graph.initializers.pop(name)
-
-
-def _constant_scale(value: ir.Value | None) -> np.ndarray | None:
-    """Return the scale behind a dequantized operand, or None when it is float or dynamic."""
-    producer = value.producer() if value is not None else None
-    if producer is None or not is_standard(producer, "DequantizeLinear"):
-        return None
-    scale = producer.inputs[1]
-    return (
-        scale.const_value.numpy() if scale is not None and scale.const_value is not None else None
-    )

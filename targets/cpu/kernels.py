@@ -156,6 +156,7 @@ def _lowered(workload: Workload, form: str, capability: Capability, folder: Path
     """Return a model of the one node, planned in that form, after the passes that obey a plan."""
     from ...passes.insert_qdq import InsertQdq
     from ...passes.lower_embeddings import LowerEmbeddings
+    from ...passes.quantize_biases import QuantizeBiases
     from ...passes.round_weights import RoundWeights
     from ...passes.unpack_weights import UnpackWeights
 
@@ -166,8 +167,9 @@ def _lowered(workload: Workload, form: str, capability: Capability, folder: Path
     _plan(model.graph[0], form, capability)
     context = Context(capability, folder)
     steps: tuple[Pass, ...] = (
-        RoundWeights(clip="minmax"),
         InsertQdq(),
+        RoundWeights(clip="minmax"),
+        QuantizeBiases(),
         LowerEmbeddings(),
         UnpackWeights(),
     )

@@ -16,6 +16,7 @@ from ...passes.insert_qdq import InsertQdq
 from ...passes.lower_embeddings import LowerEmbeddings
 from ...passes.pack_tables import PackTables
 from ...passes.pad_codes import PadCodes
+from ...passes.quantize_biases import QuantizeBiases
 from ...passes.rank_weights import RankWeights
 from ...passes.read_plan import ReadPlan
 from ...passes.round_weights import RoundWeights
@@ -41,8 +42,9 @@ def recipe_of(precision: Precision, capability: Capability) -> Recipe:
             FoldBatchnorm(),
             *_decisions(precision),
             *((SplitLayers(),) if split else ()),
-            RoundWeights(),
             InsertQdq(),
+            RoundWeights(),
+            QuantizeBiases(),
             PadCodes(),
             LowerEmbeddings(),
             UnpackWeights(),

@@ -190,7 +190,7 @@ def test_a_recipe_of_ones_own(out, tmp_path):
 
 
 def test_a_recipe_without_ranges_says_so(out):
-    recipe = "widen-floats,tidy,fold-batchnorm,assign-bits,round-weights,insert-qdq"
+    recipe = "widen-floats,tidy,fold-batchnorm,assign-bits,insert-qdq,round-weights"
     one = row(fourfold.compile(MODEL, out, CALIB, recipe=recipe))
     reasons = [(r.subject, r.reason) for r in one.remarks if r.source == "assign-bits"]
     assert ("image", "stays float: it has no calibrated range and no dynamic form") in reasons

@@ -18,7 +18,8 @@ VALUES = {
 }
 RECIPE = Recipe.parse(
     'tidy{opset=25},fold-batchnorm,calibrate,rank-weights{signals=["kurtosis"]},'
-    'assign-bits{widths=[8,4] average_bits=5.0},round-weights{clip="mse"},insert-qdq'
+    "assign-bits{widths=[8,4] average_bits=5.0},"
+    'insert-qdq,round-weights{clip="mse"},quantize-biases'
 )
 DECIDING = Recipe.parse('tidy,read-plan,assign-bits{method="plan"},insert-qdq')
 
@@ -46,7 +47,7 @@ def test_a_plan_holds_what_does_not_decide():
     assert before[:2] == ["tidy", "fold-batchnorm"]
     assert not any(p.decides for p in one.before.passes)
     assert one.before.passes[0] == RECIPE.passes[0]  # with its options
-    assert one.behind == Recipe.parse('round-weights{clip="mse"},insert-qdq')
+    assert one.behind == Recipe.parse('insert-qdq,round-weights{clip="mse"},quantize-biases')
     assert one.values == VALUES
 
 
@@ -55,7 +56,13 @@ def test_a_plan_replays_with_the_decisions_of_another_recipe():
     names = [p.name for p in replay.passes]
     at = names.index("read-plan")
     assert replay.passes[:at] == plan().before.passes
-    assert names[at:] == ["read-plan", "assign-bits", "round-weights", "insert-qdq"]
+    assert names[at:] == [
+        "read-plan",
+        "assign-bits",
+        "insert-qdq",
+        "round-weights",
+        "quantize-biases",
+    ]
     assert replay.passes[at + 1].method == "plan"
     # What replays leaves the plan that it was made by.
     assert SavedPlan.of(replay, VALUES) == plan()

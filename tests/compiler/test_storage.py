@@ -23,7 +23,10 @@ from fourfold.targets.cpu import Cpu
 
 CPU = Cpu(isa="vnni")
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
-BEHIND = "round-weights,insert-qdq,pad-codes,lower-embeddings,unpack-weights,pack-tables"
+BEHIND = (
+    "insert-qdq,round-weights,quantize-biases,pad-codes,lower-embeddings,"
+    "unpack-weights,pack-tables"
+)
 
 
 def layers(*shapes):

@@ -29,7 +29,7 @@ from fourfold.targets.cpu import Cpu
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
 CPU = Cpu(isa="vnni").capability
 EDITS = Recipe.parse(
-    "round-weights,insert-qdq,pad-codes,lower-embeddings,unpack-weights,fuse-matmul-bias"
+    "insert-qdq,round-weights,quantize-biases,pad-codes,lower-embeddings,unpack-weights,fuse-matmul-bias"
 )
 AXES = {"w1": 1, "w2": 1, "w3": 0}  # of the channels of the mlp's weights
 EIGHT, FOUR, TWO = (f"int{bits} per_axis(1) x uint8" for bits in (8, 4, 2))

@@ -98,8 +98,8 @@ def test_the_note_of_the_sum_stays_and_that_of_the_product_is_told(parse, contex
 
 
 RECIPE = (
-    "tidy{opset=25},calibrate,assign-bits{weights=%d activations=%s},round-weights,insert-qdq,"
-    "unpack-weights,fuse-matmul-bias"
+    "tidy{opset=25},calibrate,assign-bits{weights=%d activations=%s},insert-qdq,round-weights,"
+    "quantize-biases,unpack-weights,fuse-matmul-bias"
 )
 
 

@@ -11,7 +11,7 @@ from fourfold.passes.insert_qdq import InsertQdq
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
 DRAW = np.random.default_rng(0)
-RECIPE = 'calibrate{method="minmax"},assign-bits%s,round-weights,insert-qdq'
+RECIPE = 'calibrate{method="minmax"},assign-bits%s,insert-qdq,round-weights,quantize-biases'
 
 
 def constant(name, *shape):
@@ -389,6 +389,6 @@ def test_a_float_embedding_does_not_keep_the_layer_behind_it_float(context, kern
         [look_up] e = Gather (t, x)
         [layer] y = MatMul (e, w)
     }"""
-    recipe = 'assign-bits{activations="dynamic" embeddings=false},round-weights,insert-qdq'
+    recipe = 'assign-bits{activations="dynamic" embeddings=false},insert-qdq,round-weights'
     after, _ = run(Recipe.parse(recipe), parse(text), context)
     assert "DynamicQuantizeMatMul" in kernels(after)

@@ -399,7 +399,7 @@ KERNELS = {
 }  # fmt: skip
 RECIPE = (
     'calibrate,assign-bits{weights=%d activations="%s" split="int8-grid" over="%s" %s},'
-    "split-layers,round-weights,insert-qdq,unpack-weights"
+    "split-layers,insert-qdq,round-weights,quantize-biases,unpack-weights"
 )
 
 

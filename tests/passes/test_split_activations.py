@@ -499,7 +499,7 @@ def test_the_compiled_layer_is_nearer_to_float(ranges, context, parse, outputs):
     model, x, _ = grouped()
     feeds = Feeds.read({"x": x[:128]}, input_specs(model))
     around = replace(context, feeds=feeds)
-    rest = f'calibrate,assign-bits{{activations="{ranges}"}},round-weights,insert-qdq'
+    rest = f'calibrate,assign-bits{{activations="{ranges}"}},insert-qdq,round-weights'
     held = {"x": x[128:]}
     exact = outputs(model, **held)["y"]
     found = []

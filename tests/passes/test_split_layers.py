@@ -831,7 +831,7 @@ CONV = """g (float[n,4,8,8] x, float[6,4,3,3] w, float[6] b) => (float[n,6,6,6] 
     [relu] y = Relu (c)
 }"""
 BRANCHES = 'calibrate,assign-bits{weights=2 split="branches"},split-layers'
-CARRIED = "round-weights,insert-qdq,unpack-weights"
+CARRIED = "insert-qdq,round-weights,quantize-biases,unpack-weights"
 
 
 def images(count=16):
