@@ -1,25 +1,23 @@
-"""Second moments of what weights meet, E[x x^T], streamed over feeds in bounded memory."""
+"""Second moments of what the rows of a weight meet, E[x x^T], summed batch by batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
-from .contract import Context
+from .errors import DataError
 from .graph import Weight, operand_of
-from .observe import Observer
-from .sensitivity import spread
 
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
 
-SHARE = 2  # of the memory bound: what covariances may take, the rest is for activations
+ROWS = 1 << 22  # elements of rows that are laid out at once
 
 
 @dataclass(frozen=True)
@@ -102,57 +100,105 @@ class Meeting:
             yield np.moveaxis(part, 1, 1 + rank).reshape(-1, self.columns)
 
 
-def covariances(
-    model: ir.Model, meetings: Sequence[Meeting], context: Context, samples: int = 0
-) -> Iterator[tuple[Meeting, Doubles]]:
-    """Yield (meeting, [groups, columns, columns]) for each, as many at once as memory allows.
+@dataclass(frozen=True)
+class Moments:
+    """What a layer's rows meet in the mean: x in the model at hand, y in the float model.
 
-    Means over all positions, float64.
-
-    Args:
-        model: The model that the meetings are of.
-        meetings: What to look at; each is yielded once.
-        context: Its feeds, work folder and memory bound.
-        samples: How many samples are used, evenly spread; 0 takes all.
+    Attributes:
+        xx: E[xx'], or about the means, [columns, columns].
+        yx: E[yx'] likewise.
+        x: E[x], [columns].
+        y: E[y].
     """
-    assert context.feeds is not None
-    feeds = spread(context.feeds, samples)
-    observer = Observer(model, context.folder, context.memory // SHARE)
-    for part in _slices(list(dict.fromkeys(meetings)), context.memory // SHARE):
-        sums = {one: np.zeros((one.groups, one.columns, one.columns)) for one in part}
-        counts = dict.fromkeys(part, 0)
-        names = list(dict.fromkeys(one.operand for one in part))
-        for name, array in observer.batches(names, feeds, context.progress):
-            for one in part:
-                if one.operand != name:
-                    continue
-                counts[one] += _add(one, np.asarray(array, np.float32), sums[one])
-        for one in part:
-            yield one, sums.pop(one) / max(counts[one], 1)
+
+    xx: Doubles
+    yx: Doubles
+    x: Doubles
+    y: Doubles
 
 
-def _add(one: Meeting, array: Array, sums: Doubles) -> int:
-    """Add the second moments of a batch; return how many positions each group had."""
-    # The windows of a convolution overlap: one sample at a time bounds what they are copied to.
-    parts = [array] if one.op_type != "Conv" else [array[n : n + 1] for n in range(len(array))]
-    positions = 0
-    for part in parts:
-        for group, rows in enumerate(one.rows(part)):
-            sums[group] += rows.T @ rows
-        positions += len(rows)
-    return positions
+@dataclass
+class Sums:
+    """Second moments and means of what the rows of a layer's weight meet, summed as it comes.
 
+    Attributes:
+        meeting: How the layer lays it out.
+        xx: Sum of xx', [groups, columns, columns].
+        yx: Sum of yx'; the same array as `xx` where x and y are one.
+        x: Sum of x, [groups, columns].
+        y: Sum of y; the same array as `x` where they are one.
+        count: Rows so far.
+    """
 
-def _slices(meetings: Sequence[Meeting], memory: int) -> Iterator[list[Meeting]]:
-    """Cut into runs whose covariances fit the memory bound together; one always does."""
-    part: list[Meeting] = []
-    used = 0
-    for one in meetings:
-        size = 8 * one.groups * one.columns**2
-        if part and used + size > memory:
-            yield part
-            part, used = [], 0
-        part.append(one)
-        used += size
-    if part:
-        yield part
+    meeting: Meeting
+    xx: Doubles
+    yx: Doubles
+    x: Doubles
+    y: Doubles
+    count: float = 0.0
+
+    @classmethod
+    def empty(cls, meeting: Meeting, apart: bool) -> Sums:
+        """Return sums of nothing; `apart` where x and y may differ."""
+        square = (meeting.groups, meeting.columns, meeting.columns)
+        xx, x = np.zeros(square), np.zeros(square[:2])
+        if not apart:
+            return cls(meeting, xx, xx, x, x)
+        return cls(meeting, xx, np.zeros(square), x, np.zeros(square[:2]))
+
+    def add(self, x: Array, y: Array | None = None, weights: Array | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            x: What the layer reads, as it lies in the model.
+            y: The same of the float model, where it may differ.
+            weights: How much every row counts, [rows]; None counts all alike.
+        """
+        if self.meeting.op_type != "Conv":
+            self._add(x, y, weights)
+            return
+        # The windows of a convolution overlap, so its rows take many times the memory of a sample.
+        step = max(1, ROWS // (self.meeting.columns * self.meeting.groups * max(x[0, 0].size, 1)))
+        for n in range(0, len(x), step):
+            self._add(x[n : n + step], None if y is None else y[n : n + step], weights)
+
+    def _add(self, x: Array, y: Array | None, weights: Array | None) -> None:
+        """Add a batch, or one sample of it."""
+        rows = self.meeting.rows(np.asarray(x, np.float32))
+        others = repeat(None) if y is None else self.meeting.rows(np.asarray(y, np.float32))
+        for group, (row, other) in enumerate(zip(rows, others, strict=False)):
+            counted = row if weights is None else row * weights[:, None]
+            self.xx[group] += counted.T @ row
+            self.x[group] += counted.sum(0, dtype=np.float64)
+            if other is not None:
+                self.yx[group] += other.T @ counted
+                means = other if weights is None else other * weights[:, None]
+                self.y[group] += means.sum(0, dtype=np.float64)
+            if group == 0:
+                self.count += len(row) if weights is None else float(weights.sum())
+
+    def plus(self, other: Sums) -> Sums:
+        """Return the sums of both."""
+        xx, x = self.xx + other.xx, self.x + other.x
+        if self.yx is self.xx:
+            return Sums(self.meeting, xx, xx, x, x, self.count + other.count)
+        yx, y = self.yx + other.yx, self.y + other.y
+        return Sums(self.meeting, xx, yx, x, y, self.count + other.count)
+
+    def moments(self, group: int, centred: bool) -> Moments:
+        """Return the moments of one group of channels; `centred` takes them about the means.
+
+        Raises:
+            DataError: What was met is not finite.
+        """
+        if not (np.isfinite(self.xx[group]).all() and np.isfinite(self.yx[group]).all()):
+            raise DataError(
+                f"{self.meeting.operand!r}, which a layer reads, is not finite on the "
+                "calibration feeds; look at the feeds"
+            )
+        count = self.count or 1.0
+        x, y = self.x[group] / count, self.y[group] / count
+        xx, yx = self.xx[group] / count, self.yx[group] / count
+        if centred:
+            xx, yx = xx - np.outer(x, x), yx - np.outer(y, x)
+        return Moments(xx, yx, x, y)

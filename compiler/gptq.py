@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import DataError
-from .quantizers import Floats
 
 Doubles = npt.NDArray[np.float64]
 
@@ -56,9 +55,12 @@ class Curvature:
 
 
 def gptq(
-    weights: Floats, curvature: Curvature, rounded: RoundColumn, block: int = BLOCK
-) -> Floats:
-    """Return weights that can be stored and keep the layer's outputs, float32 [rows, columns].
+    weights: npt.NDArray[np.floating],
+    curvature: Curvature,
+    rounded: RoundColumn,
+    block: int = BLOCK,
+) -> Doubles:
+    """Return weights that can be stored and keep the layer's outputs, [rows, columns].
 
     Args:
         weights: A row an output channel.
@@ -78,7 +80,7 @@ def gptq(
             errors[:, j - start] = (left[:, j] - found[:, j]) / factor[j, j]
             left[:, j:stop] -= np.outer(errors[:, j - start], factor[j, j:stop])
         left[:, stop:] -= errors @ factor[start:stop, stop:]
-    back = np.empty(weights.shape, np.float32)
+    back = np.empty(weights.shape)
     back[:, order] = found
     return back
 

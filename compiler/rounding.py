@@ -71,8 +71,7 @@ def rounded(
         readers: The weight as its readers see it; their biases bound the scale from below.
     """
     assert format.split is None
-    least = [_least_scale(reader, format) for reader in readers]
-    floor = np.maximum.reduce(np.broadcast_arrays(np.zeros((), np.float32), *least))
+    floor = floor_of(readers, format)
     whole = np.ones((), np.float32)
     best = _coded(values, whole, floor, format)
     if clip == "minmax" or (clip == "auto" and format.bits >= 4):
@@ -120,6 +119,13 @@ def _group_error(values: Floats, coded: Rounded) -> Floats:
             return np.asarray(np.add.reduceat(miss, starts, axis=axis), np.float32)
         case _:
             return np.asarray(miss.sum(), np.float32)
+
+
+def floor_of(readers: Sequence[Weight], format: Format) -> Floats:
+    """Return what a weight's scales may not fall below, of a shape that fits them."""
+    least = [_least_scale(reader, format) for reader in readers]
+    floor = np.maximum.reduce(np.broadcast_arrays(np.zeros((), np.float32), *least))
+    return np.asarray(floor, np.float32)
 
 
 def _least_scale(weight: Weight, format: Format) -> Floats:

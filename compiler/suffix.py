@@ -58,7 +58,7 @@ def cut(model: ir.Model, readers: Sequence[Weight]) -> Cut:
     constant = {id(v) for v in model.graph.initializers.values()}
     crossing: dict[str, None] = {}
     for node in behind:
-        for place, value in _reads(node):
+        for place, value in reads(node):
             known = id(value) in made or id(value) in constant
             if not known and (_key(node), place) not in taken:
                 crossing[str(value.name)] = None
@@ -76,13 +76,13 @@ def _behind(graph: ir.Graph, weight: ir.Value) -> list[ir.Node]:
     made = {id(weight)}
     found = []
     for node in graph:
-        if any(id(value) in made for _, value in _reads(node)):
+        if any(id(value) in made for _, value in reads(node)):
             made |= {id(value) for value in node.outputs}
             found.append(node)
     return found
 
 
-def _reads(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
+def reads(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
     """Yield (input index, value); what bodies of If and Loop read from outside has index -1."""
     yield from ((i, value) for i, value in enumerate(node.inputs) if value is not None)
     bodies = [graph for body in subgraphs(node) for graph in (body, *body.subgraphs())]

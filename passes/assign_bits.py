@@ -265,7 +265,7 @@ class AssignBits(Pass):
     ) -> ir.Model:
         """Return a clone in which a plan has been carried out, in the form onnxruntime runs."""
         clone = model.clone()
-        quiet = replace(context, remarks=[], decisions=[], progress=silent)
+        quiet = replace(context, remarks=[], decisions=[], floats=[], progress=silent)
         self._write(clone, quiet, taken, kept, {})
         edits = (
             SplitLayers(clip=self.clip),

@@ -4,7 +4,8 @@ before:  values without notes
 becomes: Note(low, high, sqnr_db) on every value that an integer form could read or write
 
 The model runs once over the feeds; a `Histogram` a value is all that is kept (32 kB), so memory
-does not grow with the number of samples. No edit is made.
+does not grow with the number of samples. Padding sets no range; see `compiler/tokens.py`.
+No edit is made.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..compiler.contract import Context, Pass
 from ..compiler.formats import Format
 from ..compiler.histogram import Histogram, Method
 from ..compiler.observe import Observer
+from ..compiler.tokens import Tokens, attentions
 
 
 class Calibrate(Pass):
@@ -75,6 +77,9 @@ class Calibrate(Pass):
         assert context.feeds is not None
         histograms = {name: Histogram() for name in names}
         observer = Observer(model, context.folder, context.memory)
+        tokens = Tokens.of(model, attentions(model)[:1], context.feeds, context)
+        counts = dict.fromkeys(names, 0)
         for name, array in observer.batches(names, context.feeds, context.progress):
-            histograms[name].add(array, name)
+            histograms[name].add(tokens.kept(counts[name], array), name)
+            counts[name] += 1
         return histograms

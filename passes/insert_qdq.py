@@ -25,6 +25,7 @@ class InsertQdq(Pass):
 
     def run(self, model: ir.Model, context: Context) -> int:
         """Insert one quantizer a planned value; return how many were inserted."""
+        context.float_model(model)
         graph = model.graph
         planned = [
             value

@@ -4,30 +4,35 @@ before:  MatMul(x, w)                    note on w: int4 per_axis(1)
 becomes: MatMul(x, DequantizeLinear(w_quantized: int4, w_scale, axis=1))
 
 A signed format has zero points of zero, an unsigned one those of its ranges. The codes themselves
-are chosen in `compiler/rounding.py`; a format with a split is `split-layers`' to obey first.
+are chosen in `compiler/rounding.py` (nearest) and `compiler/layer_rounding.py` (so that outputs
+stay); a format with a split is `split-layers`' to obey first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
 from ..compiler import constants, notes
+from ..compiler.biases import Bias
 from ..compiler.contract import Context, Pass
-from ..compiler.covariance import Meeting, covariances
 from ..compiler.errors import RecipeError
+from ..compiler.feeds import Feeds
+from ..compiler.finished import Finished
 from ..compiler.formats import PerAxis, PerBlock
-from ..compiler.gptq import Curvature, Doubles, gptq
+from ..compiler.gptq import Doubles
 from ..compiler.graph import first_reader, readers_of, weights_of
-from ..compiler.quantizers import spread
-from ..compiler.rounding import Clip, Rounded, rounded
-from ..compiler.splitting import Channels
+from ..compiler.layer_rounding import rounded_layer
+from ..compiler.layers import Layer, Layers, Met, layer_of
+from ..compiler.rounding import Clip, Rounded, floor_of, rounded
+from ..compiler.sensitivity import spread
 from ..compiler.weights import opened
+
+BATCHES = 8  # that calibration samples are cut into at least, so that some can be held out
 
 
 class RoundWeights(Pass):
@@ -35,15 +40,30 @@ class RoundWeights(Pass):
 
     Attributes:
         clip: How each group's range is chosen: minmax, mse, or auto; see `compiler/rounding.py`.
+            `auto` with another method than nearest searches for what the outputs do best with.
         method: `nearest`, or `gptq`: with calibration feeds, column by column, each error made up
-            for by the columns to come. Weights with one reader that is a MatMul, Gemm or Conv; a
-            remark names the others, which are rounded to nearest.
-        samples: Calibration samples that `gptq` uses, evenly spread; 0 takes all.
+            for by the columns to come, and by the bias where there is one. For weights
+            with one reader that is a MatMul, Gemm or Conv; a remark names the others, which are
+            rounded to nearest.
+        inputs: What layers are taken to read: `quantized`, what the layers before make of the
+            feeds after rounding; or `float`, what they make of them in the float model.
+        target: What layers should make: `float`, what they make in the float model; or `own`, what
+            the unrounded weight makes of the same inputs.
+        least_attention: Weight of the token that gets least attention, if the one that gets most
+            has 1 (RSQ). Padding never counts.
+        rounds: How often scales and codes are fitted to each other in turn.
+        samples: Calibration samples that are used, evenly spread; 0 takes all.
+        resume: Whether finished layers are kept in the cache, so that a killed run goes on there.
     """
 
     clip: Clip = "auto"
     method: Literal["nearest", "gptq"] = "nearest"
-    samples: int = Field(128, ge=0)
+    inputs: Literal["quantized", "float"] = "quantized"
+    target: Literal["float", "own"] = "float"
+    least_attention: float = Field(1.0, ge=0, le=1)
+    rounds: int = Field(1, ge=0)
+    samples: int = Field(256, ge=0)
+    resume: bool = True
 
     def requires(self, model: ir.Model, context: Context) -> Iterable[str]:
         """Ask for feeds where the method looks at activations."""
@@ -52,43 +72,97 @@ class RoundWeights(Pass):
 
     def run(self, model: ir.Model, context: Context) -> int:
         """Round every planned weight once; return how many."""
+        floats = context.float_model(model)
         planned = [value for value in weights_of(model) if _is_planned(value)]
-        waiting = self._meetings(planned, context) if self.method == "gptq" else {}
-        shown = context.progress(planned, "round weights", len(planned))
-        by_meeting: dict[Meeting, list[ir.Value]] = {}
-        for value in shown:
-            if value in waiting:
-                by_meeting.setdefault(waiting[value], []).append(value)
-            else:
+        layers = self._layers(planned, floats, context) if self.method != "nearest" else []
+        waiting = {one.reader.value for one in layers}
+        for value in planned:
+            if value not in waiting:
                 _store(value, _nearest(value, self.clip), model.graph)
-        if by_meeting:
-            # The observer keeps a copy of the model, which is edited meanwhile.
-            for meeting, covariance in covariances(model, list(by_meeting), context, self.samples):
-                curvatures = [Curvature.of(one) for one in covariance]
-                for value in by_meeting[meeting]:
-                    found = _by_gptq(_nearest(value, self.clip), value, curvatures)
-                    _store(value, found, model.graph)
+        if layers:
+            self._by_layer(model, floats, layers, context)
         return len(planned)
 
-    def _meetings(self, planned: Sequence[ir.Value], context: Context) -> dict[ir.Value, Meeting]:
-        """Return how the weights that can be rounded so meet their activations."""
-        found = {}
+    def _layers(
+        self, planned: Sequence[ir.Value], floats: ir.Model, context: Context
+    ) -> list[Layer]:
+        """Return what can be rounded by its layer; remark on the others."""
+        found = []
         for value in planned:
-            readers, note = readers_of(value), notes.read(value)
-            meeting = Meeting.of(readers[0]) if len(readers) == 1 else None
-            if note.split is not None and note.part is None:
-                reason = "its values are those of a table"
-            elif note.part is not None:
-                reason = "zeros of a part stay zeros"
-            elif len(readers) > 1:
-                reason = "several layers read it"
-            elif meeting is None:
-                reason = f"{readers[0].node.op_type} reads it"
+            note = notes.read(value)
+            if note.split is not None:
+                parts = note.part is not None
+                one: Layer | str = (
+                    "zeros of a part stay zeros" if parts else "its values are those of a table"
+                )
             else:
-                found[value] = meeting
-                continue
-            context.remark(self, value.name, f"rounded to nearest: {reason}")
+                one = layer_of(value, floats)
+            if isinstance(one, Layer):
+                found.append(one)
+            else:
+                context.remark(self, value.name, f"rounded to nearest: {one}")
         return found
+
+    def _by_layer(
+        self, model: ir.Model, floats: ir.Model, layers: Sequence[Layer], context: Context
+    ) -> None:
+        """Round layers wave by wave; those that are in the cache are taken from there."""
+        feeds = self._feeds(context)
+        options = self.model_dump(mode="json", exclude={"resume"})
+        finished = Finished.of(model, floats, feeds, options, context) if self.resume else None
+        own = self.inputs == "quantized"
+        walk = Layers(model, floats, layers, feeds, context, own, self.least_attention)
+        for wave in context.progress(walk.waves, "round weights", len(walk.waves)):
+            kept = [finished.get(one.name) if finished is not None else None for one in wave]
+            if all(kept):
+                walk.skip()
+                made = [(one, *_read(one, arrays)) for one, arrays in zip(wave, kept, strict=True)]
+            else:
+                made = [(met.layer, *self._rounded(met)) for met in walk.next()]
+            for one, found, delta in made:
+                if finished is not None:
+                    finished.put(one.name, _arrays(found, delta))
+                self._write(model, one, found, delta)
+
+    def _feeds(self, context: Context) -> Feeds:
+        """Return the samples that are used, in enough batches that some can be held out."""
+        assert context.feeds is not None
+        feeds = spread(context.feeds, self.samples)
+        if feeds.rebatchable and len(feeds) < BATCHES:
+            return feeds.rebatched(max(1, feeds.count // BATCHES))
+        return feeds
+
+    def _rounded(self, met: Met) -> tuple[Rounded, Doubles]:
+        """Return a layer's weight in codes, and what its bias should gain."""
+        value = met.layer.reader.value
+        auto = self.clip == "auto"
+        start = _nearest(value, "minmax" if auto else self.clip)
+        floor = floor_of([met.layer.reader], start.format)
+        follow = self.target == "float" and self.inputs == "quantized"
+        return rounded_layer(met, start, floor, follow, self.rounds, search=auto)
+
+    def _write(self, model: ir.Model, layer: Layer, found: Rounded, delta: Doubles) -> None:
+        """Store a layer's weight and correct its bias."""
+        bias = Bias.of(layer.reader)
+        if bias is not None and delta.size:
+            bias.add(model.graph, delta)
+        _store(layer.reader.value, found, model.graph)
+
+
+def _arrays(found: Rounded, delta: Doubles) -> dict[str, np.ndarray[Any, Any]]:
+    """Return what a finished layer is kept as."""
+    return {"codes": found.codes, "scale": found.scale, "zero": found.zero_point, "delta": delta}
+
+
+def _read(
+    layer: Layer, arrays: Mapping[str, np.ndarray[Any, Any]] | None
+) -> tuple[Rounded, Doubles]:
+    """Return a finished layer from what it was kept as."""
+    format = notes.read(layer.reader.value).format
+    assert arrays is not None
+    assert format is not None
+    codes, scale, zero = (arrays[name] for name in ("codes", "scale", "zero"))
+    return Rounded(codes, scale, zero, format), arrays["delta"]
 
 
 def _is_planned(value: ir.Value) -> bool:
@@ -113,34 +187,6 @@ def _nearest(value: ir.Value, clip: Clip) -> Rounded:
     assert format is not None
     with opened(value) as array:
         return rounded(np.asarray(array, np.float32), format, clip, readers_of(value))
-
-
-def _by_gptq(nearest: Rounded, value: ir.Value, curvatures: Sequence[Curvature]) -> Rounded:
-    """Return codes on the same grid that keep the layer's outputs."""
-    channels = Channels.of(readers_of(value)[0])
-    with opened(value) as array:
-        weights = channels.rows(np.asarray(array, np.float32))
-    shape, format = nearest.codes.shape, nearest.format
-    scale, zero = (
-        channels.rows(np.broadcast_to(spread(one, shape, format), shape)).astype(np.float64)
-        for one in (nearest.scale, nearest.zero_point)
-    )
-    limits = format.symmetric_codes if format.signed else format.codes
-    each = len(weights) // len(curvatures)  # rows of a group
-    codes = np.empty(weights.shape, nearest.codes.dtype)
-    for number, curvature in enumerate(curvatures):
-        rows = slice(number * each, (number + 1) * each)
-        step, shift = scale[rows], zero[rows]
-
-        def on_grid(
-            values: Doubles, column: int, step: Doubles = step, shift: Doubles = shift
-        ) -> Doubles:
-            found = np.clip(np.rint(values / step[:, column]) + shift[:, column], *limits)
-            return np.asarray((found - shift[:, column]) * step[:, column])
-
-        floats = gptq(weights[rows], curvature, on_grid)
-        codes[rows] = np.rint(floats / step) + shift
-    return replace(nearest, codes=channels.back(codes, shape))
 
 
 def _store(old: ir.Value, found: Rounded, graph: ir.Graph) -> None:

@@ -1,17 +1,13 @@
 """Second moments of what weights meet: the rows are what the operators really multiply."""
 
-from dataclasses import replace
-
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
-from fourfold.compiler.capability import Capability
-from fourfold.compiler.contract import Context
-from fourfold.compiler.covariance import Meeting, covariances
-from fourfold.compiler.feeds import Feeds, input_specs
+from fourfold.compiler.covariance import ROWS, Meeting, Sums
+from fourfold.compiler.errors import DataError
 from fourfold.compiler.graph import readers_of, weights_of
 from fourfold.compiler.splitting import Channels
 
@@ -46,26 +42,19 @@ def model_of(inputs, node, shape):
     return model
 
 
-def met(name, tmp_path, batch=2, **changes):
-    """Return (weight as rows, meeting, covariances, x, model)."""
+def met(name):
+    """Return (weight as rows, meeting, x, model)."""
     inputs, node, shape, size = LAYERS[name]
     model = model_of(inputs, node, shape)
     (reader,) = readers_of(weights_of(model)[0])
     x = np.random.default_rng(2).normal(size=size).astype(np.float32)
-    whole = "turned" in name and "input" in name  # its samples lie along another axis
-    data = [{"x": x}] if whole else {"x": x}
-    feeds = Feeds.read(data, input_specs(model), batch=batch)
-    context = Context(Capability("any", (21, 25), ()), tmp_path, feeds=feeds)
-    meeting = Meeting.of(reader)
-    ((found, moments),) = covariances(model, [meeting], replace(context, **changes))
-    assert found == meeting
     rows = Channels.of(reader).rows(reader.value.const_value.numpy())
-    return rows, meeting, moments, x, model
+    return rows, Meeting.of(reader), x, model
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_rows_times_the_weight_are_the_output(name, tmp_path):
-    rows, meeting, _, x, model = met(name, tmp_path)
+def test_rows_times_the_weight_are_the_output(name):
+    rows, meeting, x, model = met(name)
     got = [part @ one.T for part, one in zip(
         meeting.rows(x), np.split(rows, meeting.groups), strict=True
     )]  # fmt: skip
@@ -78,38 +67,66 @@ def test_rows_times_the_weight_are_the_output(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_moments_are_means_over_all_positions(name, tmp_path):
-    _, meeting, moments, x, _ = met(name, tmp_path)
-    for part, found in zip(meeting.rows(x), moments, strict=True):
-        expected = part.T.astype(np.float64) @ part / len(part)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+def test_moments_are_means_over_all_positions(name):
+    _, meeting, x, _ = met(name)
+    y = x + np.random.default_rng(3).normal(size=x.shape).astype(np.float32)
+    sums = Sums.empty(meeting, apart=True)
+    sums.add(x, y)
+    exact = (meeting.rows(one.astype(np.float64)) for one in (x, y))
+    for group, (a, b) in enumerate(zip(*exact, strict=True)):
+        plain, centred = (sums.moments(group, one) for one in (False, True))
+        close(plain.xx, a.T @ a / len(a))
+        close(plain.yx, b.T @ a / len(a))
+        close(plain.x, a.mean(0))
+        close(plain.y, b.mean(0))
+        close(centred.xx, np.cov(a.T, bias=True).reshape(plain.xx.shape))
+        close(centred.yx, (b - b.mean(0)).T @ (a - a.mean(0)) / len(a))
 
 
-def test_batches_and_memory_change_nothing(tmp_path):
-    _, _, first, _, _ = met("conv", tmp_path)
-    _, _, second, _, _ = met("conv", tmp_path, batch=5, memory=1)
-    np.testing.assert_allclose(first, second, rtol=1e-5)
+def close(first, second):
+    np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
 
 
-def test_covariances_that_do_not_fit_together_come_one_after_the_other(tmp_path):
-    text = f"""{HEADER} g (float[n,4] x, float[4,8] a, float[8,3] b) => (float[n,3] y) {{
-        h = MatMul (x, a)  y = MatMul (h, b)
-    }}"""
-    model = ir.from_onnx_text(text)
-    for value in list(model.graph.inputs)[1:]:
-        array = np.ones(value.shape.numpy(), np.float32)
-        value.const_value = ir.tensor(array, name=value.name)
-        model.graph.inputs.remove(value)
-        model.graph.register_initializer(value)
-    ShapeInferencePass()(model)
-    x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
-    feeds = Feeds.read({"x": x}, input_specs(model))
-    context = Context(Capability("any", (21, 25), ()), tmp_path, feeds=feeds, memory=1000)
-    meetings = [Meeting.of(readers_of(value)[0]) for value in weights_of(model)]
-    found = dict(covariances(model, meetings, context))
-    assert [found[one].shape for one in meetings] == [(1, 4, 4), (1, 8, 8)]
-    h = x @ np.ones((4, 8), np.float32)
-    np.testing.assert_allclose(found[meetings[1]][0], h.T @ h / 6, rtol=1e-4)
+@pytest.mark.parametrize("name", ["conv", "conv, grouped", "matmul"])
+def test_neither_batches_nor_slices_change_anything(name, monkeypatch):
+    _, meeting, x, _ = met(name)
+    whole, one_by_one = (Sums.empty(meeting, apart=False) for _ in range(2))
+    assert x.size < ROWS
+    whole.add(x)
+    monkeypatch.setattr("fourfold.compiler.covariance.ROWS", 1)
+    halves = [Sums.empty(meeting, apart=False) for _ in range(2)]
+    one_by_one.add(x)
+    halves[0].add(x[:2])
+    halves[1].add(x[2:])
+    both = halves[0].plus(halves[1])
+    for other in (one_by_one, both):
+        assert other.count == whole.count
+        close(other.xx, whole.xx)
+        close(other.x, whole.x)
+    assert both.yx is both.xx
+
+
+def test_weights_count_rows_as_if_they_came_so_often():
+    _, meeting, x, _ = met("matmul")
+    often, weighted = (Sums.empty(meeting, apart=True) for _ in range(2))
+    y, counts = x + 1, np.arange(15)
+    weighted.add(x, y, counts.astype(np.float32))
+    flat = [np.repeat(one.reshape(15, 4), counts, axis=0) for one in (x, y)]
+    often.add(*flat)
+    assert weighted.count == often.count
+    for centred in (False, True):
+        first, second = (one.moments(0, centred) for one in (weighted, often))
+        for name in ("xx", "yx", "x", "y"):
+            close(getattr(first, name), getattr(second, name))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused(bad):
+    _, meeting, x, _ = met("matmul")
+    sums = Sums.empty(meeting, apart=False)
+    sums.add(np.full_like(x, bad))
+    with pytest.raises(DataError, match="'x', which a layer reads, is not finite"):
+        sums.moments(0, centred=False)
 
 
 @pytest.mark.parametrize(

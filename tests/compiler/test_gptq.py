@@ -50,7 +50,7 @@ def test_inputs_that_do_not_correlate_give_the_nearest(seed, columns, energy):
     weights = rng.normal(size=(5, columns)).astype(np.float32)
     rounded = grid(np.full(5, 0.4))
     found = gptq(weights, Curvature.of(np.eye(columns) * energy), rounded)
-    np.testing.assert_array_equal(found, nearest(weights, rounded).astype(np.float32))
+    np.testing.assert_array_equal(found, nearest(weights, rounded))
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])

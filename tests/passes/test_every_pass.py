@@ -147,7 +147,7 @@ def candidates(kind):
     if kind is bool:
         yield from (True, False)
     elif kind in (int, float):
-        yield from (kind(3.5), kind(51.5))
+        yield from (kind(3.5), kind(51.5), kind(0.5))
     elif kind is str:
         yield from ("first", "a.*b{2}", 'with "quotes" and \\ ')
     elif origin is typing.Literal:
