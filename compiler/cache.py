@@ -65,9 +65,9 @@ class Cache:
         """Return the arrays of that key; None where there are none, or they cannot be read."""
         path = self._path(key, "npz")
         try:
-            with np.load(path, allow_pickle=False) as kept:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
                 arrays = {name: kept[name] for name in kept.files}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
             return None
         named = arrays.pop(KEY, None)
         return arrays if named is not None and named.tobytes().decode() == _text(key) else None

@@ -59,6 +59,16 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a command's options are its param
     ranges: Annotated[
         str, typer.Option(help="Activation ranges: auto, static or dynamic.")
     ] = "auto",
+    effort: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=3,
+            help="What is done so that outputs stay: 0 nothing from data; 1 corrects biases and "
+            "scales; 2 equalizes channels and rounds by GPTQ; 3 learns by gradient (extra torch). "
+            "Default: 1 with data.",
+        ),
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="Obey this plan.json instead of deciding; edit it first.")
     ] = None,
@@ -124,6 +134,7 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a command's options are its param
         "targets": tuple(target),
         "precision": precision,
         "ranges": ranges,
+        "effort": effort,
         "plan": plan,
         "recipe": recipe,
         "metric": metric,

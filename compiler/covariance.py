@@ -109,12 +109,14 @@ class Moments:
         yx: E[yx'] likewise.
         x: E[x], [columns].
         y: E[y].
+        yy: E[yy'] likewise; None where it was not asked for.
     """
 
     xx: Doubles
     yx: Doubles
     x: Doubles
     y: Doubles
+    yy: Doubles | None = None
 
 
 @dataclass
@@ -128,6 +130,8 @@ class Sums:
         x: Sum of x, [groups, columns].
         y: Sum of y; the same array as `x` where they are one.
         count: Rows so far.
+        yy: Sum of yy', where it is wanted.
+        samples: Samples so far, along the first axis of what was added.
     """
 
     meeting: Meeting
@@ -136,15 +140,18 @@ class Sums:
     x: Doubles
     y: Doubles
     count: float = 0.0
+    yy: Doubles | None = None
+    samples: int = 0
 
     @classmethod
-    def empty(cls, meeting: Meeting, apart: bool) -> Sums:
-        """Return sums of nothing; `apart` where x and y may differ."""
+    def empty(cls, meeting: Meeting, apart: bool, spread: bool = False) -> Sums:
+        """Return sums of nothing; `apart` where x and y may differ, `spread` where yy' counts."""
         square = (meeting.groups, meeting.columns, meeting.columns)
         xx, x = np.zeros(square), np.zeros(square[:2])
         if not apart:
             return cls(meeting, xx, xx, x, x)
-        return cls(meeting, xx, np.zeros(square), x, np.zeros(square[:2]))
+        yy = np.zeros(square) if spread else None
+        return cls(meeting, xx, np.zeros(square), x, np.zeros(square[:2]), yy=yy)
 
     def add(self, x: Array, y: Array | None = None, weights: Array | None = None) -> None:
         """Add a batch.
@@ -154,6 +161,7 @@ class Sums:
             y: The same of the float model, where it may differ.
             weights: How much every row counts, [rows]; None counts all alike.
         """
+        self.samples += len(x)
         if self.meeting.op_type != "Conv":
             self._add(x, y, weights)
             return
@@ -174,16 +182,20 @@ class Sums:
                 self.yx[group] += other.T @ counted
                 means = other if weights is None else other * weights[:, None]
                 self.y[group] += means.sum(0, dtype=np.float64)
+                if self.yy is not None:
+                    self.yy[group] += means.T @ other
             if group == 0:
                 self.count += len(row) if weights is None else float(weights.sum())
 
     def plus(self, other: Sums) -> Sums:
         """Return the sums of both."""
         xx, x = self.xx + other.xx, self.x + other.x
+        count, samples = self.count + other.count, self.samples + other.samples
         if self.yx is self.xx:
-            return Sums(self.meeting, xx, xx, x, x, self.count + other.count)
+            return Sums(self.meeting, xx, xx, x, x, count, samples=samples)
         yx, y = self.yx + other.yx, self.y + other.y
-        return Sums(self.meeting, xx, yx, x, y, self.count + other.count)
+        yy = self.yy + other.yy if self.yy is not None and other.yy is not None else None
+        return Sums(self.meeting, xx, yx, x, y, count, yy, samples)
 
     def moments(self, group: int, centred: bool) -> Moments:
         """Return the moments of one group of channels; `centred` takes them about the means.
@@ -199,6 +211,8 @@ class Sums:
         count = self.count or 1.0
         x, y = self.x[group] / count, self.y[group] / count
         xx, yx = self.xx[group] / count, self.yx[group] / count
+        yy = self.yy[group] / count if self.yy is not None else None
         if centred:
             xx, yx = xx - np.outer(x, x), yx - np.outer(y, x)
-        return Moments(xx, yx, x, y)
+            yy = yy - np.outer(y, y) if yy is not None else None
+        return Moments(xx, yx, x, y, yy)

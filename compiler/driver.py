@@ -75,7 +75,7 @@ def compile(
     targets = [make_target(text) for text in wanted.targets]
     if not targets or len({t.name for t in targets}) < len(targets):
         raise RecipeError(f"name each target once, at least one; got {list(wanted.targets)}")
-    precision = wanted.widths_asked()
+    precision = wanted.widths_asked(data is not None)
     recipes = [_recipe(wanted.recipe, target) for target in targets]
     saved = [_plan(wanted, target) for target in targets]
     with fresh(Path(out), wanted.force) as (build, work):

@@ -103,8 +103,8 @@ class Grid:
         """Whether no two rows share a scale."""
         return len(set(self.owner[:, 0].tolist())) == len(self.owner)
 
-    def stored(self, like: Floats) -> Floats:
-        """Return the scales as they are stored, in the shape of `like`, float32."""
+    def stored(self, values: Doubles, like: Floats) -> Floats:
+        """Return scales or shifts [rows, columns] as they are stored, in the shape of `like`."""
         found = np.empty(like.size, np.float64)
-        found[self.owner.ravel()] = self.scale.ravel()
+        found[self.owner.ravel()] = values.ravel()
         return found.reshape(like.shape).astype(np.float32)

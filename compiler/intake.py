@@ -22,7 +22,7 @@ from .named import is_name
 from .precision import Precision
 from .recipe import Recipe
 from .saved_plan import SavedPlan
-from .signals import Signal
+from .signals import Signal, needs_data
 from .split_plan import SplitWish
 
 CALIBRATION_BATCH = 8
@@ -37,6 +37,8 @@ class Options(BaseModel):
         precision: `w8a8`, `w4a8`, `w2a8`, `w8` and so on for weights only, or `auto`: every weight
             gets the width that it deserves. None is `auto` under a budget, else `w8a8`.
         ranges: Where activation ranges come from; see `Precision`.
+        effort: What is done so that outputs stay, 0 to 3; see `Precision`. None is 1 with data and
+            0 without; an explicit 0 takes nothing from data, ranges included.
         recipe: A recipe instead of the target's own: a Recipe, its text, or the path of a .toml
             file. It alone decides the widths then.
         metric: `top1`, `module:function` or a function; scores outputs. Default: top1 if there are
@@ -66,6 +68,7 @@ class Options(BaseModel):
     targets: tuple[str, ...] = ("cpu",)
     precision: str | None = None
     ranges: Literal["auto", "static", "dynamic"] = "auto"
+    effort: Literal[0, 1, 2, 3] | None = None
     recipe: str | Path | InstanceOf[Recipe] | None = None
     metric: str | Callable[..., float] | None = None
     max_drop: float | None = Field(None, allow_inf_nan=False)
@@ -89,8 +92,11 @@ class Options(BaseModel):
         """Return the budgets."""
         return Budgets(self.max_drop, self.max_size, self.max_latency, self.average_bits)
 
-    def widths_asked(self) -> Precision:
+    def widths_asked(self, data: bool) -> Precision:
         """Return the precision; a budget without one leaves the widths open.
+
+        Args:
+            data: Whether there are calibration feeds.
 
         Raises:
             RecipeError: It is no precision, or two of the options contradict each other.
@@ -99,16 +105,31 @@ class Options(BaseModel):
         if self.plan is not None and any(one is not None for one in said):
             raise RecipeError("a plan says all: leave out --recipe, --precision and --split")
         if self.plan is not None:
-            return Precision(ranges=self.ranges, planned=True)
+            return self.with_effort(Precision(ranges=self.ranges, planned=True), data)
         given = self.recipe is not None
         text = self.precision or ("auto" if self.budgets().any and not given else "w8a8")
         asked = Precision.parse(text, self.ranges)
         if self.split is not None:
             asked = self._split(asked)
-        if not asked.widths:
-            return asked
-        chosen = {"widths": self.widths, "signals": self.signals, "method": self.method}
-        return asked.model_copy(update=chosen)
+        if asked.widths:
+            chosen = {"widths": self.widths, "signals": self.signals, "method": self.method}
+            asked = asked.model_copy(update=chosen)
+        return self.with_effort(asked, data)
+
+    def with_effort(self, asked: Precision, data: bool) -> Precision:
+        """Return the precision with its effort; an explicit 0 takes nothing from data.
+
+        Raises:
+            RecipeError: Effort 0 with static ranges, which are taken from data.
+        """
+        if self.effort != 0:
+            effort = self.effort or (1 if data else 0)
+            return asked.model_copy(update={"effort": effort})
+        if self.ranges == "static":
+            raise RecipeError("--effort 0 takes nothing from data, and --ranges static are")
+        free = tuple(one for one in asked.signals if not needs_data(one))
+        update = {"ranges": "dynamic", "signals": free or ("quantization-error",)}
+        return asked.model_copy(update={**update, "effort": 0})
 
     def _split(self, asked: Precision) -> Precision:
         """Return the precision with its weights split."""

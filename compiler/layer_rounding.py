@@ -19,11 +19,7 @@ from .biases import Bias
 from .covariance import Moments
 from .gptq import BLOCK, DAMPING, Curvature, Doubles, gptq
 from .grids import Grid
-from .layers import Met
-from .quantizers import Floats
-from .rounding import Rounded
-from .splitting import Channels
-from .weights import opened
+from .layers import Met, rows_of
 
 SHARES = np.arange(1.0, 0.29, -0.05)  # of a group's range, tried for its scale
 PULLS = (0.01, 0.1, 1.0)  # towards the weight as it was, in mean energies of a column
@@ -206,24 +202,21 @@ def _refitted(fit: Fit, grid: Grid, codes: Doubles) -> Grid:
 
 
 def rounded_layer(
-    met: Met, start: Rounded, floor: Floats, follow: bool, rounds: int, search: bool
-) -> tuple[Rounded, Doubles]:
-    """Return a layer's weight in codes, and what its bias should gain for it, [rows].
+    met: Met, grid: Grid, follow: bool, rounds: int, search: bool, blind: bool = False
+) -> tuple[Doubles, Grid, Doubles]:
+    """Return a layer's codes, their grid, and what its bias should gain for them, [rows].
 
     Args:
         met: The layer and what it met.
-        start: The weight rounded to nearest on the grid of its format.
-        floor: What its scales may not fall below.
+        grid: The grid of its format, [rows, columns].
         follow: Whether the float model's inputs are followed.
         rounds: See `solve`.
         search: See `solve`.
+        blind: Whether nothing is taken from samples that are held out.
     """
-    reader = met.layer.reader
-    channels = Channels.of(reader)
-    with opened(reader.value) as array:
-        weights = channels.rows(np.asarray(array, np.float64))
-    grid = Grid.of(start, channels.rows, floor)
-    centred, both = Bias.of(reader) is not None, met.learn.plus(met.held)
+    weights = rows_of(met.layer.reader)
+    centred = Bias.of(met.layer.reader) is not None
+    both = met.learn if blind else met.learn.plus(met.held)
     folds = follow and met.held.count > 0
     codes, scale, delta = np.empty_like(weights), grid.scale.copy(), np.zeros(len(weights))
     for group, rows in _parts(len(weights), met.layer.meeting.groups):
@@ -233,12 +226,7 @@ def rounded_layer(
         codes[rows], found = solve(fit, grid.part(rows), rounds, search)
         scale[rows] = found.scale
         delta[rows] = weights[rows] @ own.y - found.floats(codes[rows]) @ own.x
-    stored = replace(
-        start,
-        codes=channels.back(codes.astype(start.codes.dtype), start.codes.shape),
-        scale=replace(grid, scale=scale).stored(start.scale),
-    )
-    return stored, delta if centred else np.zeros(0)
+    return codes, replace(grid, scale=scale), delta if centred else np.zeros(0)
 
 
 def _parts(rows: int, groups: int) -> Iterator[tuple[int, slice]]:

@@ -11,20 +11,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from .biases import Bias
 from .contract import Context
-from .covariance import Meeting, Sums
+from .covariance import Doubles, Meeting, Sums
 from .feeds import Feeds
 from .graph import Weight, is_constant, operand_of, readers_of, undequantized, values
+from .layer_sample import HELD_OUT, Sample
+from .splitting import Channels
 from .suffix import reads
 from .tokens import Tokens, attention_of, attentions
 from .walk import Walk
+from .weights import opened
 
 Array = npt.NDArray[Any]
 
-HOLD = 4  # every 4th batch is held out
 SHARE = 4  # of the memory bound: what sums take, what each of the walks keeps
 
 
@@ -36,13 +40,11 @@ class Layer:
         reader: The weight as the node sees it.
         meeting: How it meets its operand.
         source: The operand's name in the float model.
-        attention: The attention that it belongs to, or "".
     """
 
     reader: Weight
     meeting: Meeting
     source: str
-    attention: str
 
     @property
     def name(self) -> str:
@@ -63,31 +65,61 @@ class Met:
         layer: The layer.
         learn: Sums over the samples to learn from.
         held: Sums over those held out; none where there are too few batches.
-        arrays: Operands of every batch (own, float model's), where they were asked for.
+        sample: Rows of what it met, where they were asked for.
     """
 
     layer: Layer
     learn: Sums
     held: Sums
-    arrays: Sequence[tuple[Array, Array]] = ()
+    sample: Sample | None = None
+
+
+def rows_of(reader: Weight) -> Doubles:
+    """Return a float weight by output channels, [rows, columns]."""
+    with opened(reader.value) as array:
+        return Channels.of(reader).rows(np.asarray(array, np.float64))
 
 
 def layer_of(value: ir.Value, floats: ir.Model) -> Layer | str:
-    """Return a weight's layer, or why it has none that can be looked at."""
+    """Return a float weight's layer, or why it has none that can be looked at."""
     readers = readers_of(value)
     if len(readers) != 1 or len(tuple(value.uses())) != 1:
         return "several layers read it"
-    meeting = Meeting.of(readers[0])
+    return read_layer(readers[0], floats)
+
+
+def read_layer(reader: Weight, floats: ir.Model) -> Layer | str:
+    """Return the layer of a weight that one node reads, or why it cannot be looked at."""
+    meeting = Meeting.of(reader)
     if meeting is None:
-        return f"{readers[0].node.op_type} reads it"
-    operand = operand_of(readers[0])
+        return f"{reader.node.op_type} reads it"
+    operand = operand_of(reader)
     if is_constant(operand):
         return "its operand is a constant"
     known = {str(v.name) for v in values(floats)}
     for name in (str(operand.name), str(undequantized(operand).name)):
         if name in known:
-            return Layer(readers[0], meeting, name, "")
+            return Layer(reader, meeting, name)
     return "the float model has no value like its operand"
+
+
+@dataclass(frozen=True)
+class View:
+    """What is wanted of what layers meet.
+
+    Attributes:
+        own: Whether they meet what the model at hand makes of the feeds, not the float model.
+        least: Weight of the token with the least attention; 1 lets all count alike.
+        sample: Whether rows of it are wanted.
+        follow: Whether these rows should make what the float model makes of its own.
+        spread: Whether second moments of the float model's operands are wanted too.
+    """
+
+    own: bool = True
+    least: float = 1.0
+    sample: bool = False
+    follow: bool = True
+    spread: bool = False
 
 
 class Layers:
@@ -99,9 +131,7 @@ class Layers:
         layers: What to look at.
         feeds: What to run.
         context: Its work folder, memory bound and progress.
-        own: Whether layers meet what the model at hand makes of the feeds, not the float model.
-        least: Weight of the token with the least attention; 1 lets all count alike.
-        keep: Whether the operands themselves are wanted.
+        view: What of it is wanted.
     """
 
     def __init__(
@@ -111,12 +141,11 @@ class Layers:
         layers: Sequence[Layer],
         feeds: Feeds,
         context: Context,
-        own: bool,
-        least: float = 1.0,
-        keep: bool = False,
+        view: View,
     ) -> None:
-        share = context.memory // SHARE
-        self._feeds, self._own, self._least, self._keep = feeds, own, least, keep
+        share = self._memory = context.memory // SHARE
+        self._seed = context.seed
+        self._feeds, self._view = feeds, view
         names = attentions(floats)
         homes = {str(node.name): node for node in floats.graph}
         self._attention = {
@@ -125,9 +154,9 @@ class Layers:
             if str(one.reader.node.name) in homes
         }
         self.waves = [part for wave in _waves(model, layers) for part in _fitting(wave, share)]
-        self._tokens = Tokens.of(floats, names if least < 1 else names[:1], feeds, context)
+        self._tokens = Tokens.of(floats, names if view.least < 1 else names[:1], feeds, context)
         there = [[one.operand for one in wave] for wave in self.waves]
-        self._here = Walk(model, there, feeds, context.folder, share) if own else None
+        self._here = Walk(model, there, feeds, context.folder, share) if view.own else None
         sources = [[one.source for one in wave] for wave in self.waves]
         self._floats = Walk(floats, sources, feeds, context.folder, share)
         self._skipped = 0
@@ -142,17 +171,29 @@ class Layers:
         wave = self.waves[index]
         kinds = {one: (one.meeting, self._attention.get(one.name, "")) for one in wave}
         sums = {kind: (self._empty(kind[0]), self._empty(kind[0])) for kind in kinds.values()}
-        kept: dict[str, list[tuple[Array, Array]]] = {}
+        samples = {one: self._sample(one) for one in wave} if self._view.sample else {}
         for number, (x, y) in enumerate(self._both()):
-            place = 1 if number % HOLD == HOLD - 1 else 0
-            for one in {kinds[o]: o for o in wave}.values():
-                own = x[one.operand] if self._own else y[one.source]
-                weights = self._tokens.weights(number, kinds[one][1], own.shape, self._least)
-                sums[kinds[one]][place].add(own, y[one.source] if self._own else None, weights)
-                if self._keep:
-                    kept.setdefault(one.operand, []).append((own, y[one.source]))
+            for kind, one in {kinds[one]: one for one in wave}.items():
+                own = x[one.operand] if self._view.own else y[one.source]
+                right = y[one.source] if self._view.own else None
+                weights = self._tokens.weights(number, kind[1], own.shape, self._view.least)
+                _share_out(*sums[kind], own, right, weights)
+                for other in (other for other in samples if kinds[other] == kind):
+                    samples[other].add(own, right if self._view.follow else None, weights)
         self._skipped = 0
-        return [Met(one, *sums[kinds[one]], kept.get(one.operand, ())) for one in wave]
+        return [Met(one, *sums[kinds[one]], samples.get(one)) for one in wave]
+
+    def _sample(self, layer: Layer) -> Sample:
+        """Return what draws rows of what a layer meets."""
+        bias = Bias.of(layer.reader)
+        return Sample(
+            layer.meeting,
+            rows_of(layer.reader).astype(np.float32),
+            None if bias is None else bias.floats().astype(np.float32),
+            self._feeds.count,
+            self._memory,
+            self._seed,
+        )
 
     def _both(self) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
         """Yield the operands of every batch, of the model at hand and of the float model."""
@@ -164,7 +205,20 @@ class Layers:
 
     def _empty(self, meeting: Meeting) -> Sums:
         """Return sums of nothing."""
-        return Sums.empty(meeting, apart=self._own)
+        return Sums.empty(meeting, self._view.own, self._view.spread)
+
+
+def _share_out(learn: Sums, held: Sums, x: Array, y: Array | None, weights: Array | None) -> None:
+    """Add a batch; every so many of its samples to those held out."""
+    if learn.meeting.turned:
+        learn.add(x, y, weights)
+        return
+    numbers = learn.samples + held.samples + np.arange(len(x))
+    apart = numbers % HELD_OUT == HELD_OUT - 1
+    for sums, taken in ((learn, ~apart), (held, apart)):
+        if taken.any():
+            each = None if weights is None else weights.reshape(len(x), -1)[taken].ravel()
+            sums.add(x[taken], None if y is None else y[taken], each)
 
 
 def _waves(model: ir.Model, layers: Sequence[Layer]) -> list[list[Layer]]:
@@ -189,8 +243,9 @@ def _fitting(wave: list[Layer], memory: int) -> Iterator[list[Layer]]:
     seen: set[Meeting] = set()
     used = 0
     for one in wave:
-        size = 0 if one.meeting in seen else 32 * one.meeting.groups * one.meeting.columns**2
-        if part and used + size > memory:
+        whole = 32 * one.meeting.groups * one.meeting.columns**2
+        size = 0 if one.meeting in seen else whole
+        if part and size and used + size > memory:
             yield part
             part, used, seen = [], 0, set()
         part.append(one)

@@ -32,6 +32,9 @@ class Precision(BaseModel):
         trials: Whole plans that may be measured for one choice.
         split: How narrow weights are split by value before they are rounded, or None.
         planned: Whether a plan that was read is obeyed instead.
+        effort: What is done so that outputs stay: 0 nothing that needs data; 1 corrects biases and
+            scales; 2 equalizes channels and rounds layers by what they meet (GPTQ); 3 learns
+            roundings, then biases and scales, by gradient.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +50,7 @@ class Precision(BaseModel):
     trials: int = Field(12, ge=0)
     split: SplitWish | None = None
     planned: bool = False
+    effort: Literal[0, 1, 2, 3] = 0
 
     def __str__(self) -> str:
         if self.planned:

@@ -43,6 +43,7 @@ Array = npt.NDArray[Any]
 Losses = dict[str, dict[str, float]]
 
 CHUNK = 4  # weights of one task
+BATCHES = 8  # that samples are cut into at least, where some are held out
 WORTH = 10.0  # seconds of work that are worth starting processes for
 REVISION = 1  # of this measure; part of the cache's key
 
@@ -122,6 +123,14 @@ def spread(feeds: Feeds, samples: int) -> Feeds:
     every = feeds.count // samples if samples else 1
     # A lone batch of a model that fixes its size cannot be cut.
     return feeds.split(every)[1] if every > 1 and len(feeds.rebatched(1)) > 1 else feeds
+
+
+def in_batches(feeds: Feeds, samples: int) -> Feeds:
+    """Return about so many samples, in enough batches that some can be held out."""
+    found = spread(feeds, samples)
+    if found.rebatchable and len(found) < BATCHES:
+        return found.rebatched(max(1, found.count // BATCHES))
+    return found
 
 
 def _facts(path: Path, feeds: Feeds, kind: losses.Kind, clip: Clip) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def sweep(
     asked = Precision.parse("auto", wanted.ranges).model_copy(
         update={"widths": wanted.widths, "signals": wanted.signals, "method": wanted.method}
     )
+    asked = wanted.with_effort(asked, data is not None)
     with fresh(Path(out), wanted.force) as (build, work):
         source = read_source(model, work, wanted.stage)
         feeds = read_feeds(source.model, data, check_data, wanted, work)

@@ -8,7 +8,8 @@ Source of the weights: attention concentration of RSQ (arXiv 2503.01820), sectio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,8 @@ class Tokens:
         got = every[batch]
         if least >= 1 and (got > 0).all():
             return None
-        low, high = got.min(axis=1, keepdims=True), got.max(axis=1, keepdims=True)
+        low = np.where(got > 0, got, np.inf).min(axis=1, keepdims=True)
+        high = got.max(axis=1, keepdims=True)
         share = (got - low) / np.maximum(high - low, np.finfo(np.float32).tiny)
         weights = np.where(got > 0, least + (1 - least) * share, 0)
         return np.asarray(weights, np.float32).ravel()
@@ -121,22 +123,39 @@ def _is_attention(node: ir.Node) -> bool:
 
 
 def attention_of(node: ir.Node, names: Iterable[str]) -> str:
-    """Return the attention that a layer belongs to: the one it feeds, else the last before it.
+    """Return the attention that a layer belongs to, or "".
 
-    A layer that neither feeds one nor lies behind one belongs to none: "".
+    It is the one that the layer feeds as query, key or value, else the last one before it.
     """
     wanted = set(names)
-    return _nearest(node, wanted, ahead=True) or _nearest(node, wanted, ahead=False)
+    return _fed(node, wanted) or _behind(node, wanted)
 
 
-def _nearest(node: ir.Node, wanted: set[str], ahead: bool) -> str:
-    """Return the nearest attention ahead, not beyond another layer, or behind, or ""."""
-    seen, line = {node}, [node]
-    while line:
-        one = line.pop(0)
+def _fed(node: ir.Node, wanted: set[str]) -> str:
+    """Return the attention that a layer feeds, no other layer between them, or ""."""
+    for one in _reached(node, ahead=True):
         for value in one.outputs:
             if value.name in wanted:
                 return str(value.name)
+        # Values meet their attention weights in a MatMul.
+        first = one.inputs[0] if is_standard(one, "MatMul") and one is not node else None
+        if first is not None and first.name in wanted:
+            return str(first.name)
+    return ""
+
+
+def _behind(node: ir.Node, wanted: set[str]) -> str:
+    """Return the nearest attention before a layer, or ""."""
+    made = (str(v.name) for one in _reached(node, ahead=False) for v in one.outputs)
+    return next((name for name in made if name in wanted), "")
+
+
+def _reached(node: ir.Node, ahead: bool) -> Iterator[ir.Node]:
+    """Yield a node and what it reaches, nearest first; ahead not beyond the next layer."""
+    seen, line = {node}, deque([node])
+    while line:
+        one = line.popleft()
+        yield one
         if ahead and one is not node and _is_layer(one):
             continue
         near = (
@@ -148,7 +167,6 @@ def _nearest(node: ir.Node, wanted: set[str], ahead: bool) -> str:
             if other is not None and other not in seen:
                 seen.add(other)
                 line.append(other)
-    return ""
 
 
 def _is_layer(node: ir.Node) -> bool:

@@ -25,6 +25,10 @@ from .weights import opened
 
 OLDEST_OPSET = 13  # before it, Softmax and others meant something else
 ADVICE = "choose another signal, one without gradients"
+# Whose outputs are all covered; others have theirs for training and indices.
+MANY_OUTPUTS = ("Split", "DynamicQuantizeLinear")
+# Codes of less than a byte -> what holds one each; torch has no such types.
+NARROW = {"int4": np.int8, "int2": np.int8, "uint4": np.uint8, "uint2": np.uint8}
 
 
 @dataclass(frozen=True)
@@ -134,17 +138,28 @@ def _step(node: ir.Node, last: tuple[ir.Value, ...]) -> _Step:
     signature = inspect.signature(run, eval_str=True)
     try:
         attributes = {name: _attribute(a) for name, a in node.attributes.items()}
+        attributes |= _code_type(node)
         signature.bind(*node.inputs, **attributes)
     except TypeError as error:
         raise _refusal(node, f"gradients do not cover its form: {error}") from None
     _refuse_attributes(node, attributes, _hints(signature))
-    # Split alone makes more than one output here; others have theirs for training and indices.
-    for value in node.outputs[1:] if node.op_type != "Split" else ():
+    for value in node.outputs[1:] if node.op_type not in MANY_OUTPUTS else ():
         if value.uses() or value.is_graph_output():
             raise _refusal(
                 node, f"gradients cover its first output only, and {value.name!r} is read"
             )
     return _Step(node, run, attributes, last)
+
+
+def _code_type(node: ir.Node) -> dict[str, int]:
+    """Return a quantizer's element type as the attribute, where its zero point tells it."""
+    if node.op_type != "QuantizeLinear" or len(node.inputs) < 3 or node.inputs[2] is None:
+        return {}
+    zero = node.inputs[2]
+    dtype = zero.const_value.dtype if zero.const_value is not None else zero.dtype
+    if dtype is None:
+        raise _refusal(node, f"the element type of its zero point {zero.name!r} is not known")
+    return {"output_dtype": dtype.value}
 
 
 def _hints(signature: inspect.Signature) -> dict[str, Any]:
@@ -241,4 +256,6 @@ def _tensor(array: npt.NDArray[Any]) -> Tensor:
         warnings.simplefilter("ignore", UserWarning)
         if array.dtype.name == "bfloat16":  # numpy has no type of its own for it
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        if array.dtype.name in NARROW:
+            return torch.from_numpy(array.astype(NARROW[array.dtype.name]))
         return torch.from_numpy(array)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from . import torch_shapes, torch_windows
+from . import torch_codes, torch_shapes, torch_windows
 from .torch_shapes import Ints, ints
 
 Operator = Callable[..., Any]
@@ -249,7 +249,9 @@ OPERATORS: dict[str, Operator] = {
     "Conv": torch_windows.conv,
     "ConvTranspose": torch_windows.conv_transpose,
     "CumSum": _cumsum,
+    "DequantizeLinear": torch_codes.dequantize_linear,
     "Dropout": _dropout,
+    "DynamicQuantizeLinear": torch_codes.dynamic_quantize_linear,
     "Elu": lambda x, *, alpha=1.0: F.elu(x, alpha),
     "Flatten": lambda x, *, axis=1: x.reshape(
         math.prod(x.shape[:axis]), math.prod(x.shape[axis:])
@@ -266,6 +268,7 @@ OPERATORS: dict[str, Operator] = {
     "MaxPool": torch_windows.max_pool,
     "Mod": lambda x, y, *, fmod=0: torch.fmod(x, y) if fmod else torch.remainder(x, y),
     "Pad": torch_shapes.pad,
+    "QuantizeLinear": torch_codes.quantize_linear,
     "RMSNormalization": _rms_norm,
     "Reshape": torch_shapes.reshape,
     "ScatterND": torch_shapes.scatter_nd,

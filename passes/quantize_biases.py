@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ..compiler import constants
 from ..compiler.contract import Context, Pass
-from ..compiler.graph import is_constant, is_standard
+from ..compiler.graph import channel_axis, is_constant, is_standard
 from ..compiler.weights import opened
 
 INT32 = 2**31 - 1
@@ -44,6 +44,8 @@ def _quantize_bias(graph: ir.Graph, node: ir.Node) -> bool:
     x_scale, w_scale = scales
     assert x_scale is not None
     assert w_scale is not None
+    if w_scale.ndim > 1 or (w_scale.size > 1 and not _by_channel(node)):
+        return False
     scale = np.asarray(x_scale.astype(np.float64) * w_scale, np.float32).ravel()
     codes = np.clip(np.rint(floats / scale.astype(np.float64)), -INT32, INT32).astype(np.int32)
     name = str(bias.name)
@@ -56,16 +58,28 @@ def _quantize_bias(graph: ir.Graph, node: ir.Node) -> bool:
             constants.add(graph, f"{name}_scale", shaped),
             constants.zero_points(graph, shaped, ir.DataType.INT32),
         ],
-        f"{name}_DequantizeLinear",
+        f"{node.name}_{name}_DequantizeLinear",
         like=bias,
         attributes={"axis": 0},
     )
     dequantize.outputs[0].name = constants.free(graph, f"{node.name}_{name}_dequantized")
     graph.insert_before(node, dequantize)
     node.replace_input_with(2, dequantize.outputs[0])
-    if not tuple(bias.uses()):
+    if not tuple(bias.uses()) and not bias.is_graph_output():
         graph.initializers.pop(name)
     return True
+
+
+def _by_channel(node: ir.Node) -> bool:
+    """Whether the scales of a layer's weight lie along its output channels."""
+    weight = node.inputs[1]
+    made = weight.producer() if weight is not None else None
+    codes = made.inputs[0] if made is not None else None
+    assert made is not None
+    assert codes is not None
+    assert codes.const_value is not None
+    rank = len(codes.const_value.shape)
+    return made.attributes.get_int("axis", 1) % rank == channel_axis(node, rank)
 
 
 def _constant_scale(value: ir.Value | None) -> np.ndarray | None:

@@ -10,6 +10,7 @@ stay); a format with a split is `split-layers`' to obey first.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -21,18 +22,28 @@ from ..compiler import constants, notes
 from ..compiler.biases import Bias
 from ..compiler.contract import Context, Pass
 from ..compiler.errors import RecipeError
-from ..compiler.feeds import Feeds
 from ..compiler.finished import Finished
 from ..compiler.formats import PerAxis, PerBlock
 from ..compiler.gptq import Doubles
-from ..compiler.graph import first_reader, readers_of, weights_of
+from ..compiler.graph import (
+    Weight,
+    first_reader,
+    is_standard,
+    readers_of,
+    sole_consumer,
+    weights_of,
+)
+from ..compiler.grids import Grid
 from ..compiler.layer_rounding import rounded_layer
-from ..compiler.layers import Layer, Layers, Met, layer_of
+from ..compiler.layer_sample import Sample
+from ..compiler.layers import Layer, Layers, Met, View, layer_of
 from ..compiler.rounding import Clip, Rounded, floor_of, rounded
-from ..compiler.sensitivity import spread
+from ..compiler.sensitivity import in_batches
+from ..compiler.splitting import Channels
 from ..compiler.weights import opened
 
-BATCHES = 8  # that calibration samples are cut into at least, so that some can be held out
+Method = Literal["nearest", "gptq", "adaround", "adaquant"]
+LEARNED = ("adaround", "adaquant")
 
 
 class RoundWeights(Pass):
@@ -41,10 +52,11 @@ class RoundWeights(Pass):
     Attributes:
         clip: How each group's range is chosen: minmax, mse, or auto; see `compiler/rounding.py`.
             `auto` with another method than nearest searches for what the outputs do best with.
-        method: `nearest`, or `gptq`: with calibration feeds, column by column, each error made up
-            for by the columns to come, and by the bias where there is one. For weights
-            with one reader that is a MatMul, Gemm or Conv; a remark names the others, which are
-            rounded to nearest.
+        method: `nearest`, or with calibration feeds: `gptq`, column by column, each error made up
+            for by the columns to come, and by the bias where there is one; `adaround` and
+            `adaquant` go on from there by gradient (extra torch), and see the ReLU behind a layer.
+            They take weights with one reader that is a MatMul, Gemm or Conv; a remark names the
+            others, which are rounded to nearest.
         inputs: What layers are taken to read: `quantized`, what the layers before make of the
             feeds after rounding; or `float`, what they make of them in the float model.
         target: What layers should make: `float`, what they make in the float model; or `own`, what
@@ -52,16 +64,18 @@ class RoundWeights(Pass):
         least_attention: Weight of the token that gets least attention, if the one that gets most
             has 1 (RSQ). Padding never counts.
         rounds: How often scales and codes are fitted to each other in turn.
+        steps: Steps of gradient that a layer takes.
         samples: Calibration samples that are used, evenly spread; 0 takes all.
         resume: Whether finished layers are kept in the cache, so that a killed run goes on there.
     """
 
     clip: Clip = "auto"
-    method: Literal["nearest", "gptq"] = "nearest"
+    method: Method = "nearest"
     inputs: Literal["quantized", "float"] = "quantized"
     target: Literal["float", "own"] = "float"
     least_attention: float = Field(1.0, ge=0, le=1)
     rounds: int = Field(1, ge=0)
+    steps: int = Field(1000, ge=1)
     samples: int = Field(256, ge=0)
     resume: bool = True
 
@@ -69,6 +83,8 @@ class RoundWeights(Pass):
         """Ask for feeds where the method looks at activations."""
         if self.method != "nearest" and context.feeds is None:
             yield f"method {self.method} needs calibration feeds; pass --data FILE"
+        if self.method in LEARNED and importlib.util.find_spec("torch") is None:
+            yield f"method {self.method} needs torch: pip install 'fourfold[torch]', or take gptq"
 
     def run(self, model: ir.Model, context: Context) -> int:
         """Round every planned weight once; return how many."""
@@ -107,11 +123,14 @@ class RoundWeights(Pass):
         self, model: ir.Model, floats: ir.Model, layers: Sequence[Layer], context: Context
     ) -> None:
         """Round layers wave by wave; those that are in the cache are taken from there."""
-        feeds = self._feeds(context)
+        assert context.feeds is not None
+        feeds = in_batches(context.feeds, self.samples)
         options = self.model_dump(mode="json", exclude={"resume"})
         finished = Finished.of(model, floats, feeds, options, context) if self.resume else None
+        learns = self.method in LEARNED
         own = self.inputs == "quantized"
-        walk = Layers(model, floats, layers, feeds, context, own, self.least_attention)
+        view = View(own, self.least_attention, sample=learns, follow=self._follows)
+        walk = Layers(model, floats, layers, feeds, context, view)
         for wave in context.progress(walk.waves, "round weights", len(walk.waves)):
             kept = [finished.get(one.name) if finished is not None else None for one in wave]
             if all(kept):
@@ -124,22 +143,52 @@ class RoundWeights(Pass):
                     finished.put(one.name, _arrays(found, delta))
                 self._write(model, one, found, delta)
 
-    def _feeds(self, context: Context) -> Feeds:
-        """Return the samples that are used, in enough batches that some can be held out."""
-        assert context.feeds is not None
-        feeds = spread(context.feeds, self.samples)
-        if feeds.rebatchable and len(feeds) < BATCHES:
-            return feeds.rebatched(max(1, feeds.count // BATCHES))
-        return feeds
-
     def _rounded(self, met: Met) -> tuple[Rounded, Doubles]:
-        """Return a layer's weight in codes, and what its bias should gain."""
-        value = met.layer.reader.value
-        auto = self.clip == "auto"
-        start = _nearest(value, "minmax" if auto else self.clip)
-        floor = floor_of([met.layer.reader], start.format)
-        follow = self.target == "float" and self.inputs == "quantized"
-        return rounded_layer(met, start, floor, follow, self.rounds, search=auto)
+        """Return a layer's weight in codes, and what its bias should gain, [rows] or nothing."""
+        reader = met.layer.reader
+        start = _nearest(reader.value, "minmax" if self._searches else self.clip)
+        channels = Channels.of(reader)
+        whole = Grid.of(start, channels.rows, floor_of([reader], start.format))
+        codes, grid, delta = rounded_layer(met, whole, self._follows, self.rounds, self._searches)
+        if met.sample is not None and (learned := self._learned(met, met.sample, whole)):
+            codes, grid, delta = learned
+        found = channels.back(codes.astype(start.codes.dtype), start.codes.shape)
+        scale, zero = (
+            grid.stored(one, like)
+            for one, like in ((grid.scale, start.scale), (grid.shift, start.zero_point))
+        )
+        return Rounded(found, scale, zero, start.format), delta
+
+    def _learned(
+        self, met: Met, sample: Sample, grid: Grid
+    ) -> tuple[Doubles, Grid, Doubles] | None:
+        """Return what gradients make of a layer, or None where held-out rows gain nothing.
+
+        The codes to start from have not seen the samples that judge.
+        """
+        from ..compiler.learned_rounding import learn
+
+        assert self.method in ("adaround", "adaquant")
+        codes, grid, _ = rounded_layer(
+            met, grid, self._follows, self.rounds, self._searches, blind=True
+        )
+        relu = _has_relu(met.layer.reader)
+        made = learn(grid, sample, self.method, relu=relu, codes=codes, steps=self.steps)
+        if made.after >= made.before:
+            return None
+        if sample.bias is None or made.bias is None:
+            return made.codes, made.grid, np.zeros(0)
+        return made.codes, made.grid, made.bias.astype(np.float64) - sample.bias
+
+    @property
+    def _searches(self) -> bool:
+        """Whether scales are searched for by what the outputs do best with."""
+        return self.clip == "auto"
+
+    @property
+    def _follows(self) -> bool:
+        """Whether layers should make what they make in the float model."""
+        return self.target == "float" and self.inputs == "quantized"
 
     def _write(self, model: ir.Model, layer: Layer, found: Rounded, delta: Doubles) -> None:
         """Store a layer's weight and correct its bias."""
@@ -147,6 +196,14 @@ class RoundWeights(Pass):
         if bias is not None and delta.size:
             bias.add(model.graph, delta)
         _store(layer.reader.value, found, model.graph)
+
+
+def _has_relu(reader: Weight) -> bool:
+    """Whether a ReLU reads the layer's output, and nothing else does."""
+    bias = Bias.of(reader)
+    output = reader.node.outputs[0] if bias is None else bias.output
+    after = sole_consumer(output)
+    return after is not None and is_standard(after, "Relu")
 
 
 def _arrays(found: Rounded, delta: Doubles) -> dict[str, np.ndarray[Any, Any]]:

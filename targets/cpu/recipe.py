@@ -10,6 +10,8 @@ from ...compiler.precision import Precision
 from ...compiler.recipe import Recipe
 from ...passes.assign_bits import AssignBits
 from ...passes.calibrate import Calibrate
+from ...passes.correct_outputs import CorrectOutputs
+from ...passes.equalize import Equalize
 from ...passes.fold_batchnorm import FoldBatchnorm
 from ...passes.fuse_matmul_bias import FuseMatmulBias
 from ...passes.insert_qdq import InsertQdq
@@ -19,10 +21,12 @@ from ...passes.pad_codes import PadCodes
 from ...passes.quantize_biases import QuantizeBiases
 from ...passes.rank_weights import RankWeights
 from ...passes.read_plan import ReadPlan
-from ...passes.round_weights import RoundWeights
+from ...passes.rotate import Rotate
+from ...passes.round_weights import Method, RoundWeights
 from ...passes.split_layers import SplitLayers
 from ...passes.split_skip_layernorm import SplitSkipLayernorm
 from ...passes.tidy import Tidy
+from ...passes.tune import Tune
 from ...passes.unpack_weights import UnpackWeights
 from ...passes.widen_floats import WidenFloats
 
@@ -31,7 +35,8 @@ def recipe_of(precision: Precision, capability: Capability) -> Recipe:
     """Return the passes for a precision.
 
     Order: exact rewrites first, since ranges must be taken of the folded graph; then the
-    decisions; then the edits that obey them; last what only this runtime wants.
+    decisions; then the edits that obey them, and what makes up for their losses; last what only
+    this runtime wants.
     """
     narrow = "int2" if precision.narrowest == 2 else "int4" if precision.narrowest <= 4 else ""
     split = precision.split is not None
@@ -40,10 +45,13 @@ def recipe_of(precision: Precision, capability: Capability) -> Recipe:
             WidenFloats(),
             Tidy(opset=capability.packed.get(narrow, 0)),
             FoldBatchnorm(),
+            *_evened(precision),
             *_decisions(precision),
             *((SplitLayers(),) if split else ()),
             InsertQdq(),
-            RoundWeights(),
+            RoundWeights(method=_METHODS[precision.effort]),
+            *((CorrectOutputs(),) if precision.effort else ()),
+            *((Tune(),) if precision.effort > 2 else ()),
             QuantizeBiases(),
             PadCodes(),
             LowerEmbeddings(),
@@ -53,6 +61,18 @@ def recipe_of(precision: Precision, capability: Capability) -> Recipe:
             SplitSkipLayernorm(),
         )
     )
+
+
+_METHODS: tuple[Method, ...] = ("nearest", "nearest", "gptq", "adaround")  # by effort
+
+
+def _evened(precision: Precision) -> tuple[Pass, ...]:
+    """Return the exact rewrites after which less is lost."""
+    if precision.effort < 2:
+        return ()
+    rotate = Rotate(weights=precision.narrowest)
+    # Equalizing weighs 8-bit activations against weights; with float ones it has no aim.
+    return (rotate, Equalize(weights=precision.narrowest)) if precision.activations else (rotate,)
 
 
 def _decisions(precision: Precision) -> tuple[Pass, ...]:

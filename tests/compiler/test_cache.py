@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -192,3 +193,93 @@ def test_the_cache_folder(monkeypatch, tmp_path):
     assert home() == tmp_path / ".cache" / "fourfold"
     monkeypatch.delenv("FOURFOLD_CACHE")
     assert home() == tmp_path / ".cache" / "fourfold"
+
+
+# Arrays.
+
+ARRAYS = {
+    "codes": np.arange(-3, 3, dtype=np.int8).reshape(2, 3),
+    "scale": np.float32(0.5),
+    "delta": np.zeros(0),
+}
+
+
+@pytest.fixture
+def shelved(tmp_path):
+    """A cache that holds arrays, and the file that holds them."""
+    store = Cache("kind", tmp_path)
+    assert store.put_arrays({"a": 1}, ARRAYS)
+    (path,) = files(tmp_path)
+    return store, path
+
+
+def same(found):
+    """Whether these are the arrays that were put, by name, type, shape and content."""
+    assert found.keys() == ARRAYS.keys()
+    return all(
+        (found[n].dtype, found[n].shape) == (a.dtype, a.shape) and np.array_equal(found[n], a)
+        for n, a in ARRAYS.items()
+    )
+
+
+def test_arrays_that_are_put_are_got(shelved):
+    store, path = shelved
+    assert same(store.get_arrays({"a": 1}))
+    assert same(Cache("kind", path.parents[2]).get_arrays({"a": 1}))
+    assert store.get_arrays({"a": 2}) is None
+    assert Cache("other", path.parents[2]).get_arrays({"a": 1}) is None
+    assert store.put_arrays({"a": 1}, {"one": np.ones(2)})
+    assert {n: a.tolist() for n, a in store.get_arrays({"a": 1}).items()} == {"one": [1, 1]}
+
+
+def test_arrays_and_plain_results_of_one_key_are_apart(shelved):
+    store, _ = shelved
+    assert store.get({"a": 1}) is None
+    assert store.put({"a": 1}, "plain")
+    assert same(store.get_arrays({"a": 1}))
+    assert store.get({"a": 1}) == "plain"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_arrays_cut_off_are_as_good_as_none(shelved, share):
+    store, path = shelved
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * (len(content) - 1))])
+    assert store.get_arrays({"a": 1}) is None
+    assert store.put_arrays({"a": 1}, ARRAYS)
+    assert same(store.get_arrays({"a": 1}))
+
+
+def test_no_damaged_byte_gives_other_arrays_or_an_error(shelved):
+    store, path = shelved
+    content = path.read_bytes()
+    for place in range(0, len(content), 3):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        found = store.get_arrays({"a": 1})
+        assert found is None or same(found), place
+
+
+def test_arrays_of_another_key_are_not_taken(shelved):
+    store, path = shelved
+    store.put_arrays({"a": 2}, {"one": np.ones(2)})
+    (other,) = set(files(path.parents[1])) - {path}
+    other.replace(path)
+    assert store.get_arrays({"a": 1}) is None
+
+
+def test_objects_are_neither_kept_nor_read(shelved, tmp_path):
+    store, path = shelved
+    with pytest.raises(ValueError, match="allow_pickle"):
+        store.put_arrays({"a": 1}, {"one": np.array([{}])})
+    np.savez(path.with_suffix(""), one=np.array([{}]))
+    assert path.exists()
+    assert store.get_arrays({"a": 1}) is None
+
+
+def test_arrays_where_the_cache_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    store = Cache("kind", tmp_path / "file")
+    assert not store.put_arrays({"a": 1}, ARRAYS)
+    assert store.get_arrays({"a": 1}) is None

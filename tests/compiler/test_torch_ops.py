@@ -203,6 +203,29 @@ CASES = [
     "float[2,3] x; int64[4] p = {-1,0,2,-1}; y = Pad (x, p)",
     "float[2,3,4] x; int64[2] p = {1,2}; int64[1] a = {-2}; y = Pad (x, p, , a)",
     "int64[2,3] x; int64[4] p = {1,0,2,1}; y = Pad (x, p)",
+    # codes; those of less than a byte are in test_torch_codes.py
+    *[
+        f"float[3,8] x; float s = {{{scale}}}; {t} z = {{{zero}}}; "
+        "q = QuantizeLinear (x, s, z) y = DequantizeLinear (q, s, z)"
+        for t, scale, zero in (
+            *[("uint8", 0.01, 128), ("int8", 0.01, -3), ("uint16", 1e-4, 30000)],
+            ("int16", 1e-4, 5),
+        )
+    ],
+    "float[5,2] x; float[3,2] s = {1,2,3,4,5,6}; "
+    "q = QuantizeLinear <axis = 0, block_size = 2> (x, s) "
+    "y = DequantizeLinear <axis = 0, block_size = 2> (q, s)",
+    "float[2,3] x; float s = {0.05}; "
+    "q = QuantizeLinear <output_dtype = 3> (x, s) y = DequantizeLinear (q, s)",
+    "float[1] x; int32[3] c = {2000000001,-5,7}; float[3] s = {1e-9,2,3}; int32[3] z = {0,0,0}; "
+    "d = DequantizeLinear <axis = 0> (c, s, z) y = Add (d, x)",
+    *[
+        f"float[3,40] x; float m = {{{shift}}}; a = Add (x, m) "
+        "q, s, z = DynamicQuantizeLinear (a) y = DequantizeLinear (q, s, z)"
+        for shift in (0.3, 9, -9)
+    ],
+    "float[4] x; float m = {0}; a = Mul (x, m) q, s, z = DynamicQuantizeLinear (a) "
+    "y = DequantizeLinear (q, s, z)",
     # made from numbers, and logic
     "float[1] x; c = Constant <value = float[2] {1, 2}> () y = Add (x, c)",
     "float[1] x; c = Constant <value_float = 1.5> () y = Add (x, c)",
@@ -319,6 +342,10 @@ def test_operators_are_those_of_onnxruntime(text):
         ),
         ("float[1,1,2,2,2,2] x; float[1,1,1,1,1,1] w; y = Conv (x, w)", "torch cannot run it"),
         ("float[4] x; y = Relu <slope = 2> (x)", "do not cover its form"),
+        (
+            "float[4] x; float s = {1}; y = QuantizeLinear <output_dtype = 17> (x, s)",
+            "output_dtype is 17: expected 0, 2",
+        ),
         ("float[1,1,4] x; y = MaxPool <kernel_shape = [2], size = 2> (x)", "attribute 'size'"),
     ],
 )
