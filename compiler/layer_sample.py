@@ -44,7 +44,7 @@ class Sample:
     Args:
         meeting: How the layer lays its input out.
         weights: Of the float layer, a row an output channel.
-        bias: Of the float layer, [rows]; None where there is none that could change.
+        bias: What the float layer adds, [rows]; None where there is none that could change.
         samples: How many samples will come.
         memory: Bound in bytes on the rows and what learning copies of them; it holds unless more
             samples come.
@@ -60,7 +60,9 @@ class Sample:
         memory: int = MEMORY,
         seed: int = 0,
     ) -> None:
-        self.meeting, self.weights, self.bias = meeting, weights, bias
+        self.meeting = meeting
+        self.weights = np.asarray(weights, np.float32)
+        self.bias = None if bias is None else np.asarray(bias, np.float32)
         row = 4 * (meeting.groups * meeting.columns + len(weights))
         self._each = max(min(memory // (COPIES * row), POSITIONS) // max(samples, 1), 1)
         self._seed, self._draw = seed, np.random.default_rng(seed)

@@ -125,7 +125,7 @@ class _Start:
         greatest: What they may be at most.
         owner: Which scale an element has, numbered from zero.
         limits: The least and the greatest code.
-        floor: What scales may not fall below.
+        scales: What adaquant's scales may be at least and at most.
     """
 
     objective: Objective
@@ -136,7 +136,7 @@ class _Start:
     greatest: Tensor
     owner: Tensor
     limits: tuple[int, int]
-    floor: Tensor
+    scales: tuple[Tensor, Tensor]
 
     @classmethod
     def of(cls, grid: Grid, sample: Sample, codes: Doubles | None, objective: Objective) -> _Start:
@@ -159,10 +159,17 @@ class _Start:
         )
         if sample.bias is not None:
             state = replace(state, level=objective.level_of(grouped(sample.bias)[..., 0], state))
-        floor = grouped(grid.least).float()
-        owner, weights = grouped(grid.local), grouped(sample.weights)
+        smallest, largest = (share * state.scale for share in SCALES)
         return cls(
-            objective, state, codes is None, weights, least, greatest, owner, grid.limits, floor
+            objective,
+            state,
+            codes is None,
+            grouped(sample.weights),
+            least,
+            greatest,
+            grouped(grid.local),
+            grid.limits,
+            (smallest.maximum(grouped(grid.least).float()), largest),
         )
 
     @property
@@ -218,7 +225,7 @@ def _adaround(start: _Start, steps: int) -> Iterator[State]:
 
     def hardened() -> State:
         codes = torch.where(choice.detach() > 0, greatest, least)
-        return replace(first, codes=codes, level=level.detach().clone())
+        return replace(first, codes=codes, level=level.detach())
 
     for step in range(steps):
         soft = (torch.sigmoid(choice) * (high - low) + low).clamp(0, 1)
@@ -291,8 +298,7 @@ class _Moved:
     def state(self) -> State:
         """Return what they stand for, with gradients that pass through rounding."""
         limits, before = self._start.limits, self._first.scale
-        scale = before * self._spread(self._factor.clamp(*SCALES))
-        scale = scale.maximum(self._start.floor)
+        scale = (before * self._spread(self._factor)).clamp(*self._start.scales)
         shift = _through(self._first.shift + self._spread(self._zero)).clamp(*limits)
         codes = _through(self._exact * (before / scale) + shift).clamp(*limits)
         return State(codes, scale, shift, self.level)

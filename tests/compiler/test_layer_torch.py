@@ -132,6 +132,19 @@ def objective_start(kind, rows, weights, seed):
     return kind(rows, True).levelled(moved(state, codes=state.codes + off))
 
 
+def test_a_move_that_only_seems_to_help_is_not_made():
+    """The slope sees the output above zero, not the two that the move would bring there."""
+    ahead = np.array([0.1, -0.25, -0.25])
+    x = np.stack([np.ones(3), ahead], 1)[None].astype(np.float32)
+    t = np.where(ahead > 0, 1.0, -1.0)[None, :, None].astype(np.float32)
+    zeros, codes = torch.zeros(1, 1, 2), torch.tensor([[[0.0, 1.0]]])
+    state = State(codes, torch.tensor([[[0.9, 1.0]]]), zeros, torch.zeros(1, 1))
+    objective = Clipped(Rows(x, t), False)
+    assert objective.slopes(state)[0, 0, 0] < 0
+    found = objective.descended(state, torch.tensor([[[-1.0, 1.0]]]), torch.ones(1, 1, 2))
+    assert torch.equal(found.codes, codes)
+
+
 def test_a_descent_on_a_quadratic_ends_where_no_code_can_move_alone():
     rows, weights = rows_of(5, 1, 3, 6, 300)
     objective = Linear(rows, True)

@@ -12,7 +12,8 @@ from fourfold.compiler.grids import Grid
 from fourfold.compiler.layer_sample import Sample
 
 torch = pytest.importorskip("torch")
-from fourfold.compiler.learned_rounding import learn  # noqa: E402 - it imports torch
+from fourfold.compiler.layer_torch import Linear, State  # noqa: E402 - it imports torch
+from fourfold.compiler.learned_rounding import _neighbours, _Start, learn  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -228,6 +229,7 @@ def test_adaquant_keeps_what_shares_a_scale_together(owner, unsigned):
         assert len(set(found.grid.shift[part])) == 1
     ratio = found.grid.scale / grid.scale
     assert 0.5 <= ratio.min() < 0.98
+    assert ratio.max() > ratio.min() + 0.01 or owner == "tensor"
     for whole in (found.codes, found.grid.shift):
         np.testing.assert_array_equal(whole, np.rint(whole))
     assert found.codes.min() >= grid.limits[0]
@@ -245,6 +247,25 @@ def test_adaquant_learns_zero_points():
     found = learn(shifted, layer.sample(), "adaquant", steps=300)
     assert (found.grid.shift < 2).any()
     assert found.grid.shift.min() >= 0
+
+
+def test_signed_codes_keep_their_zero_point():
+    layer = Layer(7, rows=8)
+    layer.weights = np.abs(layer.weights)
+    grid = grid_of(0.4 * layer.weights, 3)  # many are clipped, so a shift would help
+    found = learn(grid, layer.sample(), "adaquant", steps=150)
+    assert found.after < 0.5 * found.before
+    assert found.grid.scale.max() > grid.scale.max()
+    assert not found.grid.shift.any()
+
+
+def test_adaround_starts_from_the_weights_themselves():
+    layer = Layer(11)
+    grid = grid_of(layer.weights, 2)
+    start = _Start.of(grid, layer.sample(), None, Linear(layer.sample().split()[0], True))
+    least, greatest, share = _neighbours(start)
+    soft = State(least + share * (greatest - least), start.state.scale, start.state.shift, None)
+    np.testing.assert_allclose(soft.weights[0], layer.weights, atol=1e-6)
 
 
 def test_adaquant_keeps_scales_above_their_floor():
