@@ -3,9 +3,8 @@
     Conv(Relu(Conv(x, w1, b1)), w2) = Conv(Relu(Conv(x, w1 f, b1 f)), w2 / f)     f > 0 a channel
 
 A writer takes the factors into its constants, ops in between pass positive factors through, and
-every reader takes the inverse into its weight along the axis that it sums over. Which channel an
-element belongs to is kept as an array of channel numbers that broadcasts against the value; so it
-survives reshapes, transposes, heads that are split and merged, and heads that are repeated.
+every reader takes the inverse into its weight along the axis that it sums over. Channels for which
+one of these is not so keep the factor 1.
 Sources: Nagel et al., arXiv 1906.04721; Xiao et al., arXiv 2211.10438.
 """
 
@@ -19,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from .channels import Channels, Went, aligned, along, passed, rank_of
 from .graph import is_constant, is_float, is_standard, weight_of
 from .weights import opened
 
-Channels = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.bool_]
 
+LAYERS = ("Conv", "Gemm", "MatMul")
 # op type -> (index of the gain, index of the offset or None)
 NORMS = {
     "LayerNormalization": (1, 2),
@@ -31,13 +32,6 @@ NORMS = {
     "SimplifiedLayerNormalization": (1, None),
     "BatchNormalization": (1, 2),
 }
-# f(c x) = c f(x) for c > 0, element by element or along axes that hold no channels.
-HOMOGENEOUS = frozenset(
-    {"Relu", "LeakyRelu", "PRelu", "Identity", "Dropout", "Neg", "Abs"}
-    | {"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"}
-)
-# Linear in one operand, whatever the other is.
-BINARY = frozenset({"Mul", "Div", "MatMul", "Expand"})
 # Element by element, and not homogeneous: a layer behind one of these shows what was missed.
 BENT = frozenset(
     {"Clip", "Elu", "Selu", "Celu", "Gelu", "Erf", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish"}
@@ -84,12 +78,16 @@ class Reader:
     Attributes:
         share: Its weight.
         operand: The activation that the weight meets.
-        channels: Channel numbers that broadcast against the activation.
+        axis: The axis of the activation that the layer sums over.
+        channels: The channel of each place along that axis.
+        places: Places along that axis that broadcast against the weight.
     """
 
     share: Share
     operand: ir.Value
+    axis: int
     channels: Channels
+    places: Channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,17 +96,22 @@ class Gauge:
 
     Attributes:
         value: What the writer makes; or the value that a Mul would have to be put behind.
-        count: Number of channels.
+        free: For each channel whether it may take a factor; the others are only joined to them.
         written: Constants of the writer, and of ops in between that add something.
         readers: Layers that take the inverse.
         scaled: Values whose content changes with the factors; none where a Mul is needed.
     """
 
     value: ir.Value
-    count: int
+    free: Mask
     written: tuple[Share, ...]
     readers: tuple[Reader, ...]
     scaled: tuple[ir.Value, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of channels."""
+        return self.free.size
 
     @property
     def needs_mul(self) -> bool:
@@ -132,84 +135,93 @@ class Found:
 
 
 def find(graph: ir.Graph) -> Found:
-    """Return every gauge of the main graph; no layer reads two of them."""
-    found, walks = Found(), []
-    taken: set[int] = set()
+    """Return every gauge of the main graph; none whose places before layers others all have."""
+    found, refused = Found(), []
+    taken: dict[int, Mask] = {}
     for node in graph:
         for written, channels in _writers(node):
             walk = _Walk(graph, node.outputs[0], channels, written)
-            if not walk.readers or {id(r.share.node) for r in walk.readers} <= taken:
-                continue
-            if walk.reason is None:
-                taken |= {id(reader.share.node) for reader in walk.readers}
-                found.exact.append(walk.gauge())
-            else:
-                walks.append(walk)
-    for walk in walks:
-        if not {id(reader.share.node) for reader in walk.readers} <= taken:
+            gauge = walk.gauge()
+            if gauge is None:
+                refused.append(walk)
+            elif _takes_more(gauge, taken):
+                found.exact.append(gauge)
+    for walk in refused:
+        if not {id(layer) for layer in walk.layers} <= taken.keys():
             found.refused.setdefault(str(walk.value.name), str(walk.reason))
     found.possible += _in_front_of_readers(graph, taken)
     return found
 
 
-def _in_front_of_readers(graph: ir.Graph, taken: set[int]) -> Iterator[Gauge]:
+def _takes_more(gauge: Gauge, taken: dict[int, Mask]) -> bool:
+    """Take a gauge's places before its layers; return whether one of them was not taken yet."""
+    more = False
+    for reader in gauge.readers:
+        places = gauge.free[reader.channels]
+        before = taken.get(id(reader.share.node), np.zeros_like(places))
+        more = more or bool((places & ~before).any())
+        taken[id(reader.share.node)] = before | places
+    return more
+
+
+def _in_front_of_readers(graph: ir.Graph, taken: dict[int, Mask]) -> Iterator[Gauge]:
     """Yield values that MatMul and Gemm layers read which no gauge has taken."""
-    sources: dict[int, ir.Value] = {}
-    for node in graph:
-        if is_standard(node, "MatMul", "Gemm") and weight_of(node) and id(node) not in taken:
-            operand = node.inputs[0]
-            if operand is not None and not is_constant(operand):
-                sources.setdefault(id(operand), operand)
-    for value in sources.values():
+    layers = [
+        node
+        for node in graph
+        if is_standard(node, "MatMul", "Gemm") and weight_of(node) and id(node) not in taken
+    ]
+    sources = dict.fromkeys(node.inputs[0] for node in layers)
+    for value in sources:
         count, rank = _last(value)
-        if rank is None or count < 2:
+        if value is None or is_constant(value) or rank is None or count < 2:
             continue
-        channels = _along(count, rank - 1, rank)
-        uses = [use.node for use in value.uses() if use.node.graph is graph and use.idx == 0]
-        read = [
-            _reader(node, 0, value, channels)
-            for node in uses
-            if is_standard(node, "MatMul", "Gemm") and id(node) not in taken
-        ]
+        channels = along(count, rank - 1, rank)
+        read = [_reader(node, value, channels) for node in layers if node.inputs[0] is value]
         readers = tuple(reader for reader in read if isinstance(reader, Reader))
         if readers:
-            yield Gauge(value, count, (), readers)
+            yield Gauge(value, np.ones(count, np.bool_), (), readers)
 
 
 def _writers(node: ir.Node) -> Iterator[tuple[tuple[Share, ...], Channels]]:
     """Yield the constants of a node that could take factors, and the channels of its output."""
     count, rank = _last(node.outputs[0]) if node.outputs else (0, None)
-    weight = weight_of(node)
-    if weight is not None and is_standard(node, "Conv", "Gemm", "MatMul"):
-        tensor = weight.value.const_value
-        assert tensor is not None
-        shape = tensor.shape.numpy()
-        axis = 1 if node.op_type == "Conv" else 2 if rank is None else rank - 1
-        rank = len(shape) if node.op_type == "Conv" else 2 if node.op_type == "Gemm" else rank
-        if rank is None or (node.op_type == "MatMul" and len(shape) != 2):
-            return
-        channels = np.arange(shape[weight.axis])
-        shares = [Share(node, 1, _along(channels.size, weight.axis, len(shape)))]
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            shares.append(Share(node, 2, channels))
-        yield tuple(shares), _along(channels.size, 1 if node.op_type == "Gemm" else axis, rank)
+    if _is_layer(node):
+        yield from _layer(node, rank)
     elif node.op_type in NORMS and node.domain in ("", "ai.onnx", "com.microsoft"):
         yield from _norm(node)
-    elif is_standard(node, "Mul") and rank is not None and count > 1:
+    elif is_standard(node, "Mul") and rank is not None:
         for index, value in enumerate(node.inputs):
             if value is not None and is_constant(value) and _tail(value) in (1, count):
-                channels = _along(count, rank - 1, rank)
-                yield (Share(node, index, np.arange(count)),), channels
+                yield (Share(node, index, np.arange(count)),), along(count, rank - 1, rank)
+
+
+def _is_layer(node: ir.Node) -> bool:
+    """Whether the node meets an activation with a constant weight."""
+    return is_standard(node, *LAYERS) and weight_of(node) is not None
+
+
+def _layer(node: ir.Node, rank: int | None) -> Iterator[tuple[tuple[Share, ...], Channels]]:
+    """Yield weight and bias of a layer."""
+    weight = weight_of(node)
+    assert weight is not None and weight.value.const_value is not None
+    shape = weight.value.const_value.shape.numpy()
+    rank = {"Conv": len(shape), "Gemm": 2}.get(node.op_type, rank)
+    if rank is None or (node.op_type == "MatMul" and len(shape) != 2):
+        return
+    count = shape[weight.axis]
+    shares = [Share(node, 1, along(count, weight.axis, len(shape)))]
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        shares.append(Share(node, 2, np.arange(count)))
+    yield tuple(shares), along(count, 1 if node.op_type == "Conv" else rank - 1, rank)
 
 
 def _norm(node: ir.Node) -> Iterator[tuple[tuple[Share, ...], Channels]]:
     """Yield gain and offset of a normalization."""
-    source, gain = node.inputs[0], node.inputs[1]
-    if source is None or source.shape is None or gain is None or gain.shape is None:
+    gain, rank = node.inputs[1], rank_of(node.inputs[0])
+    if rank is None or gain is None or gain.shape is None or not gain.shape.is_static():
         return
-    if not gain.shape.is_static():
-        return
-    shape, rank = gain.shape.numpy(), len(source.shape)
+    shape = gain.shape.numpy()
     if len(shape) > rank:
         return
     own = np.arange(prod(shape)).reshape(shape)
@@ -228,104 +240,116 @@ def _tail(value: ir.Value) -> int:
     return shape[-1] if shape and prod(shape[:-1]) == 1 else int(not shape)
 
 
-def _last(value: ir.Value) -> tuple[int, int | None]:
+def _last(value: ir.Value | None) -> tuple[int, int | None]:
     """Return (length of the last axis or 0, rank or None)."""
-    if value.shape is None or not len(value.shape):
+    if value is None or value.shape is None or not len(value.shape):
         return 0, None
     length = value.shape[-1]
     return length if isinstance(length, int) else 0, len(value.shape)
-
-
-def _along(count: int, axis: int, rank: int) -> Channels:
-    """Return 0, 1, ... along one axis."""
-    return np.arange(count).reshape([-1 if a == axis else 1 for a in range(rank)])
 
 
 class _Walk:
     """Follows one writer's channels to the layers that read them.
 
     Attributes:
-        readers: The layers.
-        reason: What keeps the channels from being scaled, or None.
+        layers: What reads them with a weight.
+        reason: What first kept channels from being scaled, or None.
     """
 
     def __init__(
         self, graph: ir.Graph, value: ir.Value, channels: Channels, written: tuple[Share, ...]
     ) -> None:
-        self.value, self.count = value, int(channels.size)
-        self.written, self.readers = list(written), list[Reader]()
-        self.scaled: dict[int, ir.Value] = {}
+        self.value, self.layers = value, list[ir.Node]()
         self.reason: str | None = None
-        self._graph = graph
+        self._graph, self._count = graph, channels.size
+        self._written, self._readers = list(written), list[Reader]()
+        self._frozen: set[int] = set()
+        self._met: list[tuple[ir.Value, Channels]] = []
         self._seen: set[int] = set()
-        self._note(next((why for s in written if (why := _unscalable(s))), None))
-        self._note("it has one channel" if self.count < 2 else None)
-        self._visit(value, channels)
+        for share in written:
+            if why := _unscalable(share):
+                self._freeze(channels, why)
+        if channels.size > 1:  # a lone channel has no other to be evened out with
+            self._visit(value, channels)
 
-    def gauge(self) -> Gauge:
-        """Return what was found, where nothing forbids it."""
-        scaled = tuple(self.scaled.values())
-        return Gauge(self.value, self.count, tuple(self.written), tuple(self.readers), scaled)
+    def gauge(self) -> Gauge | None:
+        """Return what was found; None where no channel can be scaled."""
+        free = np.ones(self._count, np.bool_)
+        free[sorted(self._frozen)] = False
+        readers = tuple(r for r in self._readers if free[r.channels].any())
+        if not readers:
+            return None
+        written = tuple(share for share in self._written if free[share.channels].any())
+        scaled = tuple(value for value, at in self._met if free[at].any())
+        return Gauge(self.value, free, written, readers, scaled)
 
-    def _note(self, reason: str | None) -> None:
-        """Keep the first reason."""
+    def _freeze(self, channels: Channels, reason: str) -> None:
+        """Let channels keep the factor 1, and keep the first reason."""
+        self._frozen.update(channels.ravel().tolist())
         self.reason = self.reason or reason
 
     def _visit(self, value: ir.Value, channels: Channels) -> None:
         """Follow a value to all its uses, and what passes its channels through likewise."""
         waiting = [(value, channels)]
         while waiting:
-            value, channels = waiting.pop()
-            self.scaled[id(value)] = value
-            self._note(f"{value.name} is an output" if value.is_graph_output() else None)
+            value, at = waiting.pop()
+            self._met.append((value, at))
+            if value.is_graph_output():
+                self._freeze(at, f"{value.name} is an output")
             for use in value.uses():
-                went = self._use(use.node, use.idx, value, channels)
-                if went is not None:
-                    waiting.append((use.node.outputs[0], went))
+                waiting += self._use(use.node, use.idx, value, at)
 
-    def _use(self, node: ir.Node, index: int, value: ir.Value, at: Channels) -> Channels | None:
-        """Return the channels of the node's output where they pass; note what forbids it."""
+    def _use(self, node: ir.Node, index: int, value: ir.Value, at: Channels) -> Went:
+        """Return where the channels pass on to; freeze those that do not."""
         if node.graph is not self._graph:
-            self._note(f"the body of an If, Loop or Scan reads {value.name}")
-            return None
+            self._freeze(at, f"the body of an If, Loop or Scan reads {value.name}")
+            return []
         if id(node) in self._seen:
-            self._note(f"a {node.op_type} reads it twice")
-            return None
+            self._freeze(at, f"a {node.op_type} reads it twice")
+            return []
         self._seen.add(id(node))
-        if index == 0 and weight_of(node) and is_standard(node, "Conv", "Gemm", "MatMul"):
-            reader = _reader(node, index, value, at)
-            if isinstance(reader, Reader):
-                self.readers.append(reader)
-                return None
         if is_standard(node, "Add", "Sub"):
-            return self._sum(node, index, at)
-        went = passed(node, index, at)
+            went = self._sum(node, index, at)
+        else:
+            went = passed(node, index, at, self._count)
+        if index == 0 and _is_layer(node):
+            reader = _reader(node, value, at)
+            if isinstance(reader, Reader) or isinstance(went, str):
+                self.layers.append(node)
+            if isinstance(reader, Reader):
+                self._readers.append(reader)
+                return []
+            went = reader if isinstance(went, str) else went
         if isinstance(went, str):
-            self._note(went)
-            return at if is_standard(node, *BENT) else None
+            self._freeze(at, went)
+            behind = node.outputs[0].uses() if is_standard(node, *BENT) else ()
+            self.layers += [use.node for use in behind if use.idx == 0 and _is_layer(use.node)]
+            return []
+        last = max(int(channels.max()) for _, channels in went)
+        self._frozen.update(range(self._count, last + 1))  # what was joined to them
+        self._count = max(self._count, last + 1)
         return went
 
-    def _sum(self, node: ir.Node, index: int, at: Channels) -> Channels | None:
+    def _sum(self, node: ir.Node, index: int, at: Channels) -> Went | str:
         """Let a constant that is added take the factors too."""
-        other = node.inputs[1 - index]
-        rank = _rank(node.outputs[0])
+        output, other = node.outputs[0], node.inputs[1 - index]
+        rank = rank_of(output)
         if other is None or rank is None or not is_constant(other) or other.shape is None:
-            self._note(f"{node.op_type} adds {'?' if other is None else other.name} to it")
-            return None
-        at = _aligned(at, rank)
-        own = at
+            return f"{node.op_type} adds {'?' if other is None else other.name} to it"
+        at = own = aligned(at, rank)
         while own.ndim > len(other.shape) and own.shape[0] == 1:
             own = own[0]
-        self.written.append(Share(node, 1 - index, own))
-        return at
+        self._written.append(Share(node, 1 - index, own))
+        return [(output, at)]
 
 
 def _unscalable(share: Share) -> str | None:
     """Return why a constant cannot be replaced by a scaled copy, or None."""
-    value = share.value
+    value, weight = share.value, weight_of(share.node)
     if not is_constant(value) or not is_float(value):
         return f"{value.name} is no constant"
-    weight = weight_of(share.node)
+    if value.dtype == ir.DataType.FLOAT16:
+        return f"{value.name} is float16, which small numbers do not fit exactly"
     if weight is not None and weight.value is value and _is_shared(value):
         return f"the weight {value.name} is shared with another layer"
     return None
@@ -336,16 +360,11 @@ def _is_shared(weight: ir.Value) -> bool:
     return len(tuple(weight.uses())) > 1 or weight.is_graph_output()
 
 
-def _reader(node: ir.Node, index: int, value: ir.Value, at: Channels) -> Reader | str:
-    """Return the layer as a reader of these channels, or why it is none."""
+def _reader(node: ir.Node, value: ir.Value, at: Channels) -> Reader | str:
+    """Return a layer as a reader of the channels of its first input, or why it is none."""
     weight = weight_of(node)
-    if index != 0 or weight is None:
-        return f"{node.op_type} reads it, and has no constant weight for it"
-    if _is_shared(weight.value):
-        return f"the weight {weight.value.name} is shared with another layer"
-    tensor = weight.value.const_value
-    assert tensor is not None
-    shape = tensor.shape.numpy()
+    assert weight is not None and weight.value.const_value is not None
+    shape = weight.value.const_value.shape.numpy()
     axis = 1 if node.op_type == "Conv" else at.ndim - 1
     if (
         at.size != at.shape[axis]
@@ -353,134 +372,14 @@ def _reader(node: ir.Node, index: int, value: ir.Value, at: Channels) -> Reader 
         or (node.op_type == "MatMul" and len(shape) != 2)
     ):
         return f"the {node.op_type} sums over another axis than that of the channels"
+    places = np.arange(at.size)
     if node.op_type == "Conv":
         groups = node.attributes.get_int("group", 1)
-        own = np.repeat(at.reshape(groups, -1), shape[0] // groups, axis=0)
-        own = own.reshape(own.shape + (1,) * (len(shape) - 2))
+        repeats = shape[0] // groups if groups > 1 else 1
+        places = np.repeat(places.reshape(groups, -1), repeats, axis=0)
+        places = places.reshape(places.shape + (1,) * (len(shape) - 2))
     else:
-        own = at.reshape((1, -1) if weight.axis == 0 else (-1, 1))
-    return Reader(Share(node, 1, own, inverse=True), value, at)
-
-
-def passed(node: ir.Node, index: int, at: Channels) -> Channels | str:
-    """Return the channels of a node's output, given those of one input; or why factors end there.
-
-    Args:
-        node: A node that is no layer with a weight and no sum.
-        index: Which input it is.
-        at: Channel numbers that broadcast against the input.
-    """
-    op = node.op_type
-    refusal = f"{op} passes no factors through"
-    if not is_standard(node, op) or any(output.uses() for output in node.outputs[1:]):
-        return refusal
-    if op in BINARY:
-        return _broadcast(node, index, at, refusal)
-    if index == 0 and op in HOMOGENEOUS:
-        return at
-    return MOVING[op](node, at) if index == 0 and op in MOVING else refusal
-
-
-def _broadcast(node: ir.Node, index: int, at: Channels, refusal: str) -> Channels | str:
-    """Multiply by something, but sum over no channels."""
-    rank = _rank(node.outputs[0])
-    if rank is None or (index != 0 and node.op_type in ("Div", "Expand")):
-        return refusal
-    if node.op_type == "MatMul":
-        contracted = -1 if index == 0 else -2
-        if at.ndim < 2 or at.shape[contracted] != 1:
-            return refusal
-    return _aligned(at, rank)
-
-
-def _transposed(node: ir.Node, at: Channels) -> Channels:
-    """Permute the axes."""
-    order = node.attributes.get_ints("perm", tuple(reversed(range(at.ndim))))
-    return at.transpose([int(axis) for axis in order])
-
-
-def _reshaped(node: ir.Node, at: Channels) -> Channels | str:
-    """Lay the axes from the first one with channels on out anew."""
-    source, output = node.inputs[0], node.outputs[0]
-    unknown = f"{node.op_type} changes a shape that is not known"
-    if source is None or source.shape is None or output.shape is None:
-        return unknown
-    first = next(axis for axis, length in enumerate(at.shape) if length > 1)
-    before = [n for n in source.shape[first:] if isinstance(n, int)]
-    if len(before) != len(source.shape) - first:
-        return unknown
-    flat = np.broadcast_to(at, at.shape[:first] + tuple(before)).ravel()
-    after: list[int] = []
-    for length in reversed(list(output.shape)):
-        if prod(after) >= flat.size or not isinstance(length, int):
-            break
-        after.insert(0, length)
-    if prod(after) != flat.size:
-        return unknown
-    start = len(output.shape) - len(after)
-    new = flat.reshape((1,) * start + tuple(after))
-    for axis in range(start, new.ndim):
-        one = new.take([0], axis)
-        new = one if np.array_equal(np.broadcast_to(one, new.shape), new) else new
-    return new
-
-
-def _reduced(node: ir.Node, at: Channels) -> Channels | str:
-    """Reduce axes without channels."""
-    axes = _ints(node, 1, "axes", None)
-    if axes is None or any(at.shape[axis] != 1 for axis in axes):
-        return f"{node.op_type} reduces its channels, or axes that are not known"
-    if node.attributes.get_int("keepdims", 1):
-        return at
-    return at.squeeze(tuple(axes))
-
-
-def _padded(node: ir.Node, at: Channels) -> Channels | str:
-    """Pad with zeros, or with what is there, but add no channels."""
-    refusal = "Pad adds channels, or a number that is not known to be zero"
-    axes = _ints(node, 3, "", range(at.ndim))
-    pads = _ints(node, 1, "pads", None)
-    if pads is None or axes is None:
-        return refusal
-    both = zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True)
-    if any(at.shape[axis] != 1 and (low or high) for axis, low, high in both):
-        return refusal
-    filler = node.inputs[2] if len(node.inputs) > 2 else None
-    zero = node.attributes.get_float("value", 0.0) == 0.0
-    if filler is not None and node.attributes.get_string("mode", "constant") == "constant":
-        zero = is_constant(filler) and not np.any(_data(filler))
-    return at if zero else refusal
-
-
-MOVING = {
-    "Transpose": _transposed,
-    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _reshaped),
-    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax"), _reduced),
-    "Pad": _padded,
-}
-
-
-def _ints(node: ir.Node, index: int, name: str, default: range | None) -> list[int] | range | None:
-    """Return a node's constant list of integers: an input, or the attribute of older opsets."""
-    value = node.inputs[index] if len(node.inputs) > index else None
-    if value is not None:
-        return [int(n) for n in _data(value)] if is_constant(value) else None
-    if name and name in node.attributes:
-        return [int(n) for n in node.attributes.get_ints(name, ())]
-    return default
-
-
-def _data(value: ir.Value) -> npt.NDArray[np.generic]:
-    """Copy a constant."""
-    with opened(value) as array:
-        return array.copy()
-
-
-def _rank(value: ir.Value) -> int | None:
-    """Return the value's rank, where it is known."""
-    return None if value.shape is None else len(value.shape)
-
-
-def _aligned(at: Channels, rank: int) -> Channels:
-    """Return the channels against a value of a greater rank."""
-    return at.reshape((1,) * (rank - at.ndim) + at.shape)
+        places = places.reshape((1, -1) if weight.axis == 0 else (-1, 1))
+    channels = at.ravel()
+    share = Share(node, 1, channels[places], inverse=True)
+    return _unscalable(share) or Reader(share, value, axis, channels, places)

@@ -16,18 +16,21 @@ Sources: Nagel et al., arXiv 1906.04721; Xiao et al., arXiv 2211.10438.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from ..compiler import constants, equalizing, notes
+from ..compiler import constants, notes
 from ..compiler.contract import Context, Pass
 from ..compiler.covariance import Meeting
-from ..compiler.gauges import Gauge, Share, find
+from ..compiler.equalizing import Balance, Gathering, Operand, decide
+from ..compiler.gauges import Found, Gauge, Share, find
 from ..compiler.graph import weight_of
 from ..compiler.observe import Observer
+from ..compiler.sensitivity import in_batches
+from ..compiler.tokens import Tokens, attentions
 
 ENDING = "_equalized"
 ROWS = 256  # rows of a value that are kept for the comparison
@@ -55,11 +58,11 @@ class Equalize(Pass):
     gain: float = Field(2.0, ge=0, lt=100)
     insert: bool = True
     insert_gain: float = Field(0.5, ge=0)
-    samples: int = Field(32, ge=1)
+    samples: int = Field(128, ge=1)
 
     def requires(self, model: ir.Model, context: Context) -> Iterable[str]:
         """Ask for values with nothing decided."""
-        for gauge in find(model.graph).exact:
+        for gauge in self._gauges(find(model.graph), context):
             values = [*gauge.scaled, *(share.value for share in _shares(gauge))]
             planned = next((v.name for v in values if notes.read(v) != notes.EMPTY), None)
             if planned is not None:
@@ -72,11 +75,11 @@ class Equalize(Pass):
     def run(self, model: ir.Model, context: Context) -> int:
         """Choose factors for all gauges and put them in; return how many gauges changed."""
         found = find(model.graph)
-        gauges = [*found.exact, *(found.possible if self.insert and context.feeds else ())]
+        gauges = self._gauges(found, context)
         operands = self._observed(gauges, model, context)
         fixed = frozenset(n for n, gauge in enumerate(gauges) if _is_done(gauge))
-        balance = equalizing.Balance(gauges, operands, self.weights, self.alphas, fixed)
-        chosen = equalizing.decide(balance, self.gain / 100, self.insert_gain) if gauges else []
+        balance = Balance(gauges, operands, self.weights, self.alphas, fixed)
+        chosen = decide(balance, self.gain / 100, self.insert_gain) if gauges else []
         changed, mended = 0, set()
         for number, gauge in enumerate(gauges):
             exponents = balance.exponents[number]
@@ -86,7 +89,7 @@ class Equalize(Pass):
                 changed += 1
                 mended.add(subject)
             if number not in fixed:
-                self._tell(context, gauge, subject, operands[number] is not None, *chosen[number])
+                self._tell(context, gauge, subject, balance.sees(number), *chosen[number])
         for name, reason in found.refused.items():
             if name not in mended:
                 context.remark(self, name, f"left: {reason}")
@@ -104,52 +107,52 @@ class Equalize(Pass):
         elif not gauge.needs_mul:
             context.remark(self, name, f"left: no factors take {self.gain:g} % of the {what}")
 
+    def _gauges(self, found: Found, context: Context) -> list[Gauge]:
+        """Return the gauges that may be used; whether a Mul pays takes feeds to know."""
+        return [*found.exact, *(found.possible if self.insert and context.feeds else ())]
+
     def _observed(
         self, gauges: list[Gauge], model: ir.Model, context: Context
-    ) -> list[list[equalizing.Operand] | None]:
-        """Run the feeds; return what each reader of each gauge reads."""
+    ) -> dict[int, Operand]:
+        """Run the feeds; return what each reader of a gauge reads, by the id of its node."""
         if context.feeds is None or not gauges:
-            return [None] * len(gauges)
-        feeds = context.feeds.head(self.samples)
-        gatherings = _gatherings(gauges, len(feeds), context)
-        names = list(dict.fromkeys(meeting.operand for meeting in gatherings))
+            return {}
+        feeds = in_batches(context.feeds, self.samples)
+        meetings = _meetings(gauges)
+        gatherings = _gatherings(meetings.values(), len(feeds), context)
         observer = Observer(model, context.folder, context.memory)
+        tokens = Tokens.of(model, attentions(model)[:1], feeds, context)
+        names = list(dict.fromkeys(meeting.operand for meeting in gatherings))
+        counts = dict.fromkeys(names, 0)
         for name, array in observer.batches(names, feeds, context.progress):
             for meeting, gathering in gatherings.items():
                 if meeting.operand == name:
-                    gathering.add(array)
+                    conv = meeting.op_type == "Conv"
+                    gathering.add(array if conv else tokens.kept(counts[name], array))
+            counts[name] += 1
         operands = {meeting: one.operand() for meeting, one in gatherings.items()}
-        read = [[_meeting(reader.share) for reader in gauge.readers] for gauge in gauges]
-        return [
-            [operands[one] for one in some if one is not None] if all(some) else None
-            for some in read
-        ]
+        return {layer: operands[meeting] for layer, meeting in meetings.items()}
+
+
+def _meetings(gauges: list[Gauge]) -> dict[int, Meeting]:
+    """Return how each reader of a gauge meets its weight, by the id of its node, where known."""
+    found = {}
+    for reader in (reader for gauge in gauges for reader in gauge.readers):
+        weight = weight_of(reader.share.node)
+        assert weight is not None
+        meeting = Meeting.of(weight)
+        if meeting is not None:
+            found[id(reader.share.node)] = meeting
+    return found
 
 
 def _gatherings(
-    gauges: list[Gauge], batches: int, context: Context
-) -> dict[Meeting, equalizing.Gathering]:
+    meetings: Collection[Meeting], batches: int, context: Context
+) -> dict[Meeting, Gathering]:
     """Return what gathers rows for each way in which a value is read, within the memory bound."""
-    readers = {
-        meeting: (gauge, reader)
-        for gauge in gauges
-        for reader in gauge.readers
-        if (meeting := _meeting(reader.share)) is not None
-    }
-    width = sum(meeting.columns * meeting.groups for meeting in readers)
-    rows = max(16, min(ROWS, context.memory // (4 * max(width, 1))))
-    quota = -(-rows // batches)
-    return {
-        meeting: equalizing.Gathering(meeting, reader.channels, gauge.count, quota, context.seed)
-        for meeting, (gauge, reader) in readers.items()
-    }
-
-
-def _meeting(share: Share) -> Meeting | None:
-    """Return how a reader meets its weight; None where that is not known."""
-    weight = weight_of(share.node)
-    assert weight is not None
-    return Meeting.of(weight)
+    width = sum(meeting.columns * meeting.groups for meeting in set(meetings))
+    rows = max(16, min(ROWS, context.memory // (8 * max(width, 1))))
+    return {one: Gathering(one, -(-rows // batches), context.seed) for one in meetings}
 
 
 def _is_done(gauge: Gauge) -> bool:
