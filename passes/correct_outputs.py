@@ -62,7 +62,7 @@ class CorrectOutputs(Pass):
 
     means: bool = True
     spread: Spread = "least-squares"
-    samples: int = Field(256, ge=0)
+    samples: int = Field(64, ge=0)
 
     def requires(self, model: ir.Model, context: Context) -> Iterable[str]:
         """Ask for feeds."""

@@ -356,7 +356,10 @@ def test_budgets_signals_and_plans_reach_the_compiler(call, tmp_path):
     code, text, _ = call("explain", out)
     assert "importance" in text  # a column of its own, since there are two to compare
     again = tmp_path / "again"
-    code, text, _ = call("compile", MODEL, "-o", again, "--plan", out / "plan.json")
+    code, text, _ = call(
+        "compile", MODEL, "-o", again, "--data", CALIB, "--check", CHECK,
+        "--plan", out / "plan.json",
+    )  # fmt: skip
     assert code == 0
     assert "average code bits" in text
     assert (again / "cpu/model.onnx").read_bytes() == (out / "cpu/model.onnx").read_bytes()

@@ -105,7 +105,7 @@ def test_waves_are_by_how_many_layers_lie_before(name, expected, zoo, tmp_path):
         (1 << 30, [["w1", "w2", "w3"]]),
         (4 * 32 * 16 * 2, [["w1", "w2", "w3"]]),
         (4 * 32 * 16, [["w1", "w2"], ["w3"]]),  # those that meet the same share their sums
-        (1, [["w1"], ["w2"], ["w3"]]),
+        (1, [["w1", "w2"], ["w3"]]),
     ],
 )
 def test_a_wave_is_cut_where_its_sums_do_not_fit(memory, expected, tmp_path):

@@ -127,13 +127,21 @@ def test_two_compiles_make_the_same_bytes(tmp_path):
         assert first == second, file
 
 
-def test_a_plan_replays_to_the_same_bytes_without_data(tmp_path):
-    compiled(tmp_path / "out", average_bits=4.5)
+@pytest.mark.parametrize("effort", [0, 1])
+def test_a_plan_replays_to_the_same_bytes(effort, tmp_path):
+    compiled(tmp_path / "out", average_bits=4.5, effort=effort)
     plan = tmp_path / "out/plan.json"
-    fourfold.compile(MODEL, tmp_path / "again", plan=plan)
+    data = (CALIB, CHECK) if effort else ()  # what data gave takes them again
+    fourfold.compile(MODEL, tmp_path / "again", *data, plan=plan)
     for file in ("plan.json", "cpu/model.onnx"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
     assert row(fourfold.Artifact(tmp_path / "again")).decision.method == "plan"
+
+
+def test_a_plan_that_data_made_up_for_asks_for_them(tmp_path):
+    compiled(tmp_path / "out", precision="w8a8")
+    with pytest.raises(RecipeError, match=r"correct-outputs cannot run: .* pass --data FILE"):
+        fourfold.compile(MODEL, tmp_path / "again", plan=tmp_path / "out/plan.json")
 
 
 def test_an_edited_plan_is_obeyed(tmp_path):
@@ -143,7 +151,7 @@ def test_an_edited_plan_is_obeyed(tmp_path):
     note["format"] = note["format"].replace("int8", "int4")
     # int4 needs opset 21, which the digits model is below; tidy converts it.
     (tmp_path / "edited.json").write_text(json.dumps(data))
-    edited = fourfold.compile(MODEL, tmp_path / "edited", plan=tmp_path / "edited.json")
+    edited = fourfold.compile(MODEL, tmp_path / "edited", CALIB, plan=tmp_path / "edited.json")
     assert edited.plan("cpu")["classify.weight"]["format"].startswith("int4")
     assert row(edited).file_bytes < row(artifact).file_bytes
 
@@ -171,12 +179,35 @@ def test_bad_options_are_refused(options, error, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_effort_follows_from_data_unless_it_is_said():
+    asked = {
+        (effort, data): read_options({"effort": effort}).widths_asked(data)
+        for effort in (None, 0, 2)
+        for data in (False, True)
+    }
+    assert {key: one.effort for key, one in asked.items()} == {
+        (None, False): 0, (None, True): 1, (0, False): 0, (0, True): 0, (2, False): 2, (2, True): 2
+    }  # fmt: skip
+    assert {key for key, one in asked.items() if one.ranges == "dynamic"} == {
+        (0, False),
+        (0, True),
+    }
+    with pytest.raises(RecipeError, match="--effort 0 takes nothing from data"):
+        read_options({"effort": 0, "ranges": "static"}).widths_asked(data=True)
+    free = read_options({"effort": 0, "precision": "auto"}).widths_asked(data=True)
+    assert free.signals == ("quantization-error",)
+
+
 def test_what_precision_budgets_ask_for():
-    assert str(read_options({}).widths_asked()) == "w8a8"
-    assert str(read_options({"max_size": 1}).widths_asked()) == "auto"
-    assert str(read_options({"max_size": 1, "precision": "w4a8"}).widths_asked()) == "w4a8"
-    assert str(read_options({"max_size": 1, "recipe": "tidy"}).widths_asked()) == "w8a8"
-    assert read_options({"precision": "auto", "widths": (8, 4)}).widths_asked().widths == (8, 4)
+    assert str(read_options({}).widths_asked(data=True)) == "w8a8"
+    assert str(read_options({"max_size": 1}).widths_asked(data=True)) == "auto"
+    assert (
+        str(read_options({"max_size": 1, "precision": "w4a8"}).widths_asked(data=True)) == "w4a8"
+    )
+    assert str(read_options({"max_size": 1, "recipe": "tidy"}).widths_asked(data=True)) == "w8a8"
+    assert read_options({"precision": "auto", "widths": (8, 4)}).widths_asked(
+        data=True
+    ).widths == (8, 4)
 
 
 class Bench:

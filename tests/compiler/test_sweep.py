@@ -55,7 +55,7 @@ def test_the_folder_holds_front_plot_and_plans(swept):
 def test_a_point_is_made_again_from_its_plan(swept, tmp_path):
     out, front = swept
     point = front.points[2]
-    artifact = fourfold.compile(MODEL, tmp_path / "out", plan=out / point.plan)
+    artifact = fourfold.compile(MODEL, tmp_path / "out", CALIB, plan=out / point.plan)
     (report,) = artifact.report.targets
     assert report.file_bytes == point.bytes
     assert report.decision.average_bits == pytest.approx(point.average_bits)
