@@ -129,6 +129,7 @@ def test_other_models_compile_and_keep_their_answers(name, floor, compiled, sqnr
         assert not variant.placement.kernels.keys() & {"Concat", "Conv", "FusedConv"}
 
 
+@pytest.mark.slow
 def test_chosen_bits_beat_one_width_and_greedy_orders(tmp_path):
     """ResNet-20 at 4.5 bits on average, against four bits for all, on held-out samples."""
     task, path, _ = opened("cifar-resnet20")
