@@ -75,6 +75,13 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a command's options are its param
     recipe: Annotated[
         str | None, typer.Option(help="Passes to run instead: text, or a .toml file.")
     ] = None,
+    set_: Annotated[
+        str | None,
+        typer.Option(
+            "--set",
+            help="Other options of the recipe's passes: 'assign-bits{block=32},tune{steps=600}'.",
+        ),
+    ] = None,
     metric: Annotated[str | None, typer.Option(help="top1, or module:function.")] = None,
     max_drop: Annotated[
         float | None, typer.Option(help="Largest drop of the metric; else exit 3.")
@@ -137,6 +144,7 @@ def compile_model(  # noqa: PLR0913, PLR0917 - a command's options are its param
         "effort": effort,
         "plan": plan,
         "recipe": recipe,
+        "set": set_,
         "metric": metric,
         "max_drop": max_drop,
         "max_size": None if max_size is None else read_bytes(max_size),

@@ -41,6 +41,7 @@ class Options(BaseModel):
             0 without; an explicit 0 takes nothing from data, ranges included.
         recipe: A recipe instead of the target's own: a Recipe, its text, or the path of a .toml
             file. It alone decides the widths then.
+        set: Other options for passes of the target's recipe, as text: `assign-bits{block=32}`.
         metric: `top1`, `module:function` or a function; scores outputs. Default: top1 if there are
             labels.
         max_drop: Budget on the metric's drop, in the metric's unit.
@@ -70,6 +71,7 @@ class Options(BaseModel):
     ranges: Literal["auto", "static", "dynamic"] = "auto"
     effort: Literal[0, 1, 2, 3] | None = None
     recipe: str | Path | InstanceOf[Recipe] | None = None
+    set: str | None = None
     metric: str | Callable[..., float] | None = None
     max_drop: float | None = Field(None, allow_inf_nan=False)
     max_size: int | None = Field(None, ge=1)
@@ -101,9 +103,13 @@ class Options(BaseModel):
         Raises:
             RecipeError: It is no precision, or two of the options contradict each other.
         """
-        said = (self.recipe, self.precision, self.split)
+        said = (self.recipe, self.precision, self.split, self.set)
         if self.plan is not None and any(one is not None for one in said):
-            raise RecipeError("a plan says all: leave out --recipe, --precision and --split")
+            raise RecipeError(
+                "a plan says all: leave out --recipe, --precision, --split and --set"
+            )
+        if self.recipe is not None and self.set is not None:
+            raise RecipeError("a recipe says its options itself: leave out --recipe or --set")
         if self.plan is not None:
             return self.with_effort(Precision(ranges=self.ranges, planned=True), data)
         given = self.recipe is not None

@@ -1,12 +1,15 @@
-"""How far biases and scales are from where they started, as what gradients move.
+"""How far biases, scales and codes are from where they started, as what gradients move.
 
 Importing this module imports torch. A scale is its start times exp(p), so it stays positive; a
 bias is its start plus p times the root mean square of its channel. So one size of step fits all.
+A code is the nearest to its start plus p, where p begins inside the code's cell on the side that
+the float weight lies on: those near an edge are the first to change.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .inputs import Batch
+from .torch_codes import dequantize_linear, straight
 from .torch_graph import TorchGraph
 from .tunables import Tunables
 
@@ -22,6 +26,7 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 Tensors = dict[str, Tensor]
 
 LARGEST = 2.0**30  # of a bias in int32 codes
+CELL = 0.45  # how far from its code a weight may start; half a step is the edge
 LEAST_UNIT = 0.01  # of the layer's root mean square; a dead channel has a unit too
 
 
@@ -32,7 +37,7 @@ class Moves:
     Attributes:
         start: Name -> float32 data before.
         unit: Bias -> what one is, in a shape that broadcasts.
-        moved: Name -> leaf tensor; units of a bias, logarithm of a scale's factor.
+        moved: Name -> leaf tensor; units of a bias, logarithm of a scale's factor, steps of codes.
         tunables: What may move, and what limits it.
         fixed: Name -> data of what only limits others.
     """
@@ -44,15 +49,25 @@ class Moves:
     fixed: Tensors
 
     @classmethod
-    def of(cls, model: ir.Model, graph: TorchGraph, tunables: Tunables, batch: Batch) -> Moves:
-        """Return no moves at all; the batch shows how large the layers' outputs are."""
+    def of(
+        cls,
+        model: ir.Model,
+        teacher: ir.Model,
+        graph: TorchGraph,
+        tunables: Tunables,
+        batch: Batch,
+    ) -> Moves:
+        """Return moves that change nothing; the batch shows how large the layers' outputs are."""
         start = {name: leaf.detach() for name, leaf in graph.weights.items()}
         limits = {n for fit in tunables.fits for n in (fit.bias, fit.operand, fit.weight)}
         fixed = {
             name: torch.from_numpy(np.array(_data(model, name), np.float32))
             for name in sorted(limits - set(start))
         }
-        moved = {name: torch.zeros_like(data).requires_grad_() for name, data in start.items()}
+        moved = {name: torch.zeros_like(data) for name, data in start.items()}
+        moved |= _cells(model, teacher, tunables)
+        for leaf in moved.values():
+            leaf.requires_grad_()
         return cls(start, _units(model, tunables, batch), moved, tunables, fixed)
 
     def of_group(self, group: str) -> list[Tensor]:
@@ -68,7 +83,10 @@ class Moves:
         """Return each initializer's data, differentiable in the moves."""
         found = {}
         for name, start in self.start.items():
-            if name in self.unit:
+            if name in self.tunables.codes:
+                least, most = self.tunables.codes[name].limits
+                found[name] = straight(torch.clamp(start + self.moved[name], least, most))
+            elif name in self.unit:
                 found[name] = start + self.unit[name] * self.moved[name]
             else:
                 found[name] = start * torch.exp(self.moved[name])
@@ -110,6 +128,37 @@ def _data(model: ir.Model, name: str) -> npt.NDArray[np.generic]:
     tensor = model.graph.initializers[name].const_value
     assert tensor is not None
     found: npt.NDArray[np.generic] = tensor.numpy()
+    return found
+
+
+def _cells(model: ir.Model, teacher: ir.Model, tunables: Tunables) -> Tensors:
+    """Return where in the cell of its code each float weight lies, or nearest to."""
+    homes = {str(node.name): node for node in model.graph}
+    found = {}
+    for name, codes in tunables.codes.items():
+        weight = teacher.graph.initializers.get(codes.weight)
+        node = homes[codes.node]
+        start = torch.from_numpy(np.array(_data(model, name), np.float32))
+        if (
+            weight is None
+            or weight.const_value is None
+            or tuple(weight.shape or ()) != start.shape
+        ):
+            continue
+        spread = partial(
+            dequantize_linear,
+            axis=node.attributes.get_int("axis", 1),
+            block_size=node.attributes.get_int("block_size", 0),
+        )
+        scale, *zero = (
+            torch.from_numpy(np.array(_data(model, str(value.name)), np.float32))
+            for value in node.inputs[1:]
+            if value is not None
+        )
+        floats = torch.from_numpy(np.array(weight.const_value.numpy(), np.float32))
+        step, origin = spread(torch.ones_like(start), scale), spread(0 * start, scale, *zero)
+        place = (floats - origin) / step
+        found[name] = (place - start).clamp(-CELL, CELL)
     return found
 
 

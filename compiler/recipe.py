@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
+from typing import Any
 
 from .contract import Pass
-from .errors import RecipeError
+from .errors import RecipeError, did_you_mean
 from .lookup import make_pass
 from .text import parse_items
 
@@ -39,6 +40,28 @@ class Recipe:
             return self, Recipe(()), Recipe(())
         before, behind = self.passes[:last], self.passes[last + 1 :]
         return Recipe(before), Recipe((self.passes[last],)), Recipe(behind)
+
+    def with_options(self, text: str) -> Recipe:
+        """Return the recipe with other options of some passes, e.g. `assign-bits{block=32}`.
+
+        Raises:
+            RecipeError: A syntax error, an unknown option, or a pass that is not in the recipe.
+        """
+        changes: dict[str, dict[str, Any]] = {}
+        known = {one.name for one in self.passes}
+        for name, options in parse_items(text):
+            if name not in known:
+                near = did_you_mean(name, known)
+                raise RecipeError(f"no pass {name!r} in this recipe{near}: {self}")
+            changes.setdefault(name, {}).update(options)
+        return Recipe(
+            tuple(
+                make_pass(one.name, one.changed() | changes[one.name])
+                if one.name in changes
+                else one
+                for one in self.passes
+            )
+        )
 
     def to_toml(self) -> str:
         """Return the recipe as TOML."""

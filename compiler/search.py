@@ -42,7 +42,7 @@ def search(
         return _most_accurate(bench, precision, budgets)
     if budgets.drop is not None and metric is not None:
         return _smallest(bench, precision, budgets.drop, metric)
-    return bench.attempt(bench.target.recipe(precision))
+    return bench.attempt(bench.recipe(precision))
 
 
 def _most_accurate(bench: Workbench, precision: Precision, budgets: Budgets) -> Attempt:
@@ -96,7 +96,7 @@ def _seconds(bench: Workbench, attempt: Attempt) -> float:
 def _made(bench: Workbench, precision: Precision, limits: Limits) -> Attempt:
     """Return the attempt of least loss under limits."""
     asked = precision.model_copy(update={"limits": limits})
-    return bench.attempt(bench.target.recipe(asked))
+    return bench.attempt(bench.recipe(asked))
 
 
 def _least(
@@ -104,7 +104,7 @@ def _least(
 ) -> Attempt:
     """Return the attempt with the least of one quantity, under the limits on the others."""
     changed = {"limits": replace(limits, **{goal: None}), "goal": goal, "trials": TRIALS}
-    return bench.attempt(bench.target.recipe(precision.model_copy(update=changed)))
+    return bench.attempt(bench.recipe(precision.model_copy(update=changed)))
 
 
 def _smallest(
@@ -124,7 +124,7 @@ def _smallest(
         limits = Limits(average_bits=bits)
         changed = {"limits": limits, "widths": widths, "trials": TRIALS}
         asked = precision.model_copy(update=changed)
-        made = bench.attempt(bench.target.recipe(asked))
+        made = bench.attempt(bench.recipe(asked))
         found = bench.compared(made, feeds, metric).drop
         assert found is not None
         return found <= drop, made

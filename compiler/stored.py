@@ -15,6 +15,8 @@ from .weights import opened
 
 Doubles = npt.NDArray[np.float64]
 
+SUFFIX = "_quantized"  # of the name of codes, behind the weight's
+
 
 @dataclass(frozen=True)
 class Stored:

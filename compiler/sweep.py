@@ -180,7 +180,7 @@ class _Runs:
         asked = self.variant.precision.model_copy(
             update={"limits": Limits(average_bits=bits), "trials": 4}
         )
-        attempt = self.bench.attempt(self.bench.target.recipe(asked))
+        attempt = self.bench.attempt(self.bench.recipe(asked))
         feeds = self.variant.feeds.check
         assert feeds is not None
         found = self.bench.compared(attempt, feeds, self.variant.metric)

@@ -36,6 +36,12 @@ class _Round(torch.autograd.Function):  # type: ignore[misc]
         return gradient
 
 
+def straight(x: Tensor) -> Tensor:
+    """Return the nearest whole numbers; gradients pass as if nothing was rounded."""
+    rounded: Tensor = _Round.apply(x)
+    return rounded
+
+
 def quantize_linear(
     x: Tensor,
     scale: Tensor,

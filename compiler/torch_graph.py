@@ -27,6 +27,7 @@ OLDEST_OPSET = 13  # before it, Softmax and others meant something else
 ADVICE = "choose another signal, one without gradients"
 # Whose outputs are all covered; others have theirs for training and indices.
 MANY_OUTPUTS = ("Split", "DynamicQuantizeLinear")
+CODES = tuple(ir.DataType[name] for name in ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2"))
 # Codes of less than a byte -> what holds one each; torch has no such types.
 NARROW = {"int4": np.int8, "int2": np.int8, "uint4": np.uint8, "uint2": np.uint8}
 
@@ -95,7 +96,9 @@ class TorchGraph:
         values = dict(self._constants)
         for name, value in self._named.items():
             assert value.const_value is not None  # what _leaf has read
-            values[value] = self.weights[name].to(DTYPES[value.const_value.dtype])
+            floats = value.const_value.dtype in FLOATS  # codes are whole numbers in float32
+            leaf = self.weights[name]
+            values[value] = leaf.to(DTYPES[value.const_value.dtype]) if floats else leaf
         for name, array in feeds.items():
             if name not in self._inputs:
                 raise DataError(f"no input is called {name!r}{did_you_mean(name, self._inputs)}")
@@ -229,8 +232,10 @@ def _leaf(graph: ir.Graph, name: str) -> Tensor:
         raise ModelError(
             f"no initializer is called {name!r}{did_you_mean(name, graph.initializers)}"
         )
-    if value.const_value is None or value.const_value.dtype not in FLOATS:
-        raise ModelError(f"initializer {name!r} is {value.dtype}: expected floats for a gradient")
+    if value.const_value is None or value.const_value.dtype not in (*FLOATS, *CODES):
+        raise ModelError(
+            f"initializer {name!r} is {value.dtype}: expected floats or codes for a gradient"
+        )
     return _constant(value).float().requires_grad_()
 
 

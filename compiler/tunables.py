@@ -1,17 +1,19 @@
-"""What is not codes in a rounded model and can still be moved: biases and scales.
+"""What can still be moved in a rounded model: biases, scales, and codes within their limits.
 
-Codes and graph stay as they are, so neither size nor speed changes.
+The graph stays as it is, so neither size nor speed changes.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from . import notes
 from .graph import is_constant, is_float, is_standard, undequantized
+from .stored import SUFFIX
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,23 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """Codes that any other may replace.
+
+    Attributes:
+        limits: The least and the greatest.
+        node: Name of the DequantizeLinear that reads them.
+        weight: Name of the weight that they were made from.
+        size: How many there are.
+    """
+
+    limits: tuple[int, int]
+    node: str
+    weight: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Tunables:
     """Names of float initializers, in graph order, each in one of the groups.
 
@@ -37,17 +56,24 @@ class Tunables:
         biases: Bias -> (the value that it is added to or that holds it, its channel axis there).
         scales: Scales of weights in codes.
         ranges: Scales of activations in codes.
+        codes: Codes of weights -> what they are.
         fits: What limits biases and scales together.
     """
 
     biases: dict[str, tuple[str, int]]
     scales: tuple[str, ...]
     ranges: tuple[str, ...]
+    codes: dict[str, Codes]
     fits: tuple[Fit, ...]
 
     @classmethod
     def of(
-        cls, model: ir.Model, biases: bool = True, scales: bool = True, ranges: bool = True
+        cls,
+        model: ir.Model,
+        biases: bool = True,
+        scales: bool = True,
+        ranges: bool = True,
+        codes: bool = True,
     ) -> Tunables:
         """Return what the model has of each group; the flags leave groups out.
 
@@ -63,12 +89,17 @@ class Tunables:
             for group, wanted in zip(groups, (biases, scales, ranges), strict=True)
         )
         found = {name: layers[name] for name in added}
-        return cls(found, tuple(of_weights), tuple(of_values), tuple(_fits(model)))
+        open_ = dict(_codes(model)) if codes else {}
+        return cls(found, tuple(of_weights), tuple(of_values), open_, tuple(_fits(model)))
+
+    def without_codes(self) -> Tunables:
+        """Return the rest."""
+        return replace(self, codes={})
 
     @property
     def names(self) -> tuple[str, ...]:
         """All of them."""
-        return (*self.biases, *self.scales, *self.ranges)
+        return (*self.biases, *self.scales, *self.ranges, *self.codes)
 
 
 def is_rounded(model: ir.Model) -> bool:
@@ -99,6 +130,21 @@ def _weight_scales(model: ir.Model) -> Iterator[str]:
     for node in model.graph:
         if _holds_weight(node) and _is_free(node.inputs[1]):
             yield _name(node.inputs[1])
+
+
+def _codes(model: ir.Model) -> Iterator[tuple[str, Codes]]:
+    """Yield the codes of weights that are no entries of a table and no part of a weight."""
+    for node in model.graph:
+        value = node.inputs[0] if _holds_weight(node) else None
+        if value is None or value.is_graph_output() or len(tuple(value.uses())) > 1:
+            continue
+        note = notes.read(value)
+        if note.format is None or note.split is not None or note.part is not None:
+            continue
+        limits = note.format.symmetric_codes if note.format.signed else note.format.codes
+        assert value.const_value is not None
+        weight, size = _name(value).removesuffix(SUFFIX), int(value.const_value.size)
+        yield _name(value), Codes(limits, str(node.name), weight, size)
 
 
 def _name(value: ir.Value | None) -> str:

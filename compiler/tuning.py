@@ -1,7 +1,8 @@
-"""Moves biases and scales of a rounded model by gradient, until its outputs are the float ones.
+"""Moves biases, scales and codes of a rounded model by gradient towards the float outputs.
 
 Importing this module imports torch (the extra `torch`). Steps are Adam's, on what `moves` makes of
-biases and scales. Sources: bias tuning of CalibTIP (arXiv 2006.10518); scales as in LSQ (arXiv
+them. Codes move only where the samples' outputs outnumber them: fewer tell nothing but the samples
+themselves. Sources: bias tuning of CalibTIP (arXiv 2006.10518); scales as in LSQ (arXiv
 1902.08153).
 """
 
@@ -27,6 +28,7 @@ from .tunables import Tunables
 
 CHECKS = 20  # times that held-out samples are looked at
 PATIENCE = 10  # checks without gain before it ends
+BESIDE_CODES = 0.2  # of the rates of biases and scales, where codes move too
 DECAY = (0.9, 0.99)  # of Adam's moments; the runs are short
 
 
@@ -42,6 +44,7 @@ class Schedule:
         biases: Rate of biases at the start, in root mean squares of their channels a step.
         scales: Rate of the scales of weights at the start, as a share of them a step.
         ranges: The same of activations.
+        codes: Rate of codes at the start, in steps between codes.
         seed: Seed of the order of the samples.
     """
 
@@ -52,6 +55,7 @@ class Schedule:
     biases: float = 5e-3
     scales: float = 5e-3
     ranges: float = 5e-3
+    codes: float = 2e-3
     seed: int = 0
 
     def faster(self, times: float) -> Schedule:
@@ -61,12 +65,22 @@ class Schedule:
             biases=times * self.biases,
             scales=times * self.scales,
             ranges=times * self.ranges,
+            codes=times * self.codes,
         )
+
+    def with_codes(self) -> Schedule:
+        """Return the schedule with the lower rates that others have beside codes."""
+        return replace(self.faster(BESIDE_CODES), codes=self.codes)
 
     @property
     def rates(self) -> dict[str, float]:
         """Group of `Tunables` -> its rate."""
-        return {"biases": self.biases, "scales": self.scales, "ranges": self.ranges}
+        return {
+            "biases": self.biases,
+            "scales": self.scales,
+            "ranges": self.ranges,
+            "codes": self.codes,
+        }
 
 
 @dataclass(frozen=True)
@@ -78,12 +92,14 @@ class Tuned:
         before: Loss on held-out samples before.
         after: The same with the new data; not above `before`.
         steps: Steps that were taken.
+        codes: Whether codes could move.
     """
 
     values: Arrays
     before: float
     after: float
     steps: int
+    codes: bool = False
 
 
 def tuned(
@@ -94,7 +110,7 @@ def tuned(
     schedule: Schedule,
     progress: Progress = silent,
 ) -> Tuned:
-    """Return values for biases and scales that bring the outputs closest to the float ones.
+    """Return values for biases, scales and codes that bring the outputs closest to the float ones.
 
     The values are those of the best check on held-out samples, the start included. Samples and
     the float outputs are held in memory.
@@ -111,11 +127,16 @@ def tuned(
         DataError: The outputs are not finite before anything has moved.
         UnsupportedError: A node has no gradient here.
     """
-    graph = TorchGraph(model, tunables.names)
     names, form = float_outputs(model), scale_of(teacher)
     float_graph = TorchGraph(teacher, [])
     learn, held = (_Samples.of(float_graph, part, names) for part in feeds)
-    moves = Moves.of(model, graph, tunables, learn.batches[0])
+    patience = PATIENCE
+    if learn.outputs < sum(codes.size for codes in tunables.codes.values()):
+        tunables = tunables.without_codes()
+    if tunables.codes:  # the rates fall, and what they make of codes is best at the end
+        schedule, patience = schedule.with_codes(), CHECKS
+    graph = TorchGraph(model, tunables.names)
+    moves = Moves.of(model, teacher, graph, tunables, learn.batches[0])
     judge = _Judge(graph, held, schedule.kind, form)
     before = judge.loss(moves)
     if not before < WORST:
@@ -131,9 +152,9 @@ def tuned(
         stale = 0 if loss < least else stale + 1
         if loss < least:
             best, least = moves.copy(), loss
-        if stale == PATIENCE:
+        if stale == patience:
             break
-    return Tuned(best.arrays(model), before, least, taken)
+    return Tuned(best.arrays(model), before, least, taken, bool(tunables.codes))
 
 
 @dataclass(frozen=True)
@@ -142,6 +163,11 @@ class _Samples:
 
     batches: list[Batch]
     expected: list[Tensors]
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers the float model makes."""
+        return sum(y.numel() for each in self.expected for y in each.values())
 
     @classmethod
     def of(cls, teacher: TorchGraph, feeds: Feeds, names: Sequence[str]) -> _Samples:

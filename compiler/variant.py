@@ -106,7 +106,7 @@ class Variant:
             return bench.attempt(self.recipe)
         if self.precision.widths:
             return search(bench, self.precision, self.budgets, self.metric)
-        return bench.attempt(self.target.recipe(self.precision))
+        return bench.attempt(bench.recipe(self.precision))
 
     def _refuse_unsupported(self) -> None:
         """Stop before any work when the target cannot run the model."""

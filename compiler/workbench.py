@@ -16,6 +16,7 @@ from .errors import UnsupportedError
 from .feeds import Feeds
 from .intake import Data, Options, Source
 from .model import save
+from .precision import Precision
 from .recipe import Recipe
 from .runner import PassRow
 from .session import open_runner
@@ -88,6 +89,11 @@ class Workbench:
         self._shared: dict[str, tuple[ir.Model, tuple[PassRow, ...], tuple[Remark, ...], float]]
         self._shared = {}
         self._count = 0
+
+    def recipe(self, precision: Precision) -> Recipe:
+        """Return the target's passes for a precision, with the options that were asked for."""
+        found = self.target.recipe(precision)
+        return found.with_options(self.wanted.set) if self.wanted.set else found
 
     def attempt(self, recipe: Recipe) -> Attempt:
         """Run a recipe and write the variant; passes before the last decision run once for all."""

@@ -40,6 +40,7 @@ from ..compiler.layers import Layer, Layers, Met, View, layer_of
 from ..compiler.rounding import Clip, Rounded, floor_of, rounded
 from ..compiler.sensitivity import in_batches
 from ..compiler.splitting import Channels
+from ..compiler.stored import SUFFIX
 from ..compiler.weights import opened
 
 Method = Literal["nearest", "gptq", "adaround", "adaquant"]
@@ -65,6 +66,8 @@ class RoundWeights(Pass):
             has 1 (RSQ). Padding never counts.
         rounds: How often scales and codes are fitted to each other in turn.
         steps: Steps of gradient that a layer takes.
+        below: Weights of fewer bits go by `method`, wider ones to nearest: they lose less than a
+            layer that is fitted to samples loses on others.
         samples: Calibration samples that are used, evenly spread; 0 takes all.
         resume: Whether finished layers are kept in the cache, so that a killed run goes on there.
     """
@@ -76,6 +79,7 @@ class RoundWeights(Pass):
     least_attention: float = Field(1.0, ge=0, le=1)
     rounds: int = Field(1, ge=0)
     steps: int = Field(1000, ge=1)
+    below: int = Field(7, ge=2)
     samples: int = Field(256, ge=0)
     resume: bool = True
 
@@ -90,7 +94,8 @@ class RoundWeights(Pass):
         """Round every planned weight once; return how many."""
         floats = context.float_model(model)
         planned = [value for value in weights_of(model) if _is_planned(value)]
-        layers = self._layers(planned, floats, context) if self.method != "nearest" else []
+        narrow = [value for value in planned if self._is_narrow(value)]
+        layers = self._layers(narrow, floats, context) if self.method != "nearest" else []
         waiting = {one.reader.value for one in layers}
         for value in planned:
             if value not in waiting:
@@ -98,6 +103,12 @@ class RoundWeights(Pass):
         if layers:
             self._by_layer(model, floats, layers, context)
         return len(planned)
+
+    def _is_narrow(self, value: ir.Value) -> bool:
+        """Whether a planned weight, or what its split says, has fewer bits than `below`."""
+        note = notes.read(value)
+        assert note.format is not None
+        return note.format.bits < self.below
 
     def _layers(
         self, planned: Sequence[ir.Value], floats: ir.Model, context: Context
@@ -249,7 +260,7 @@ def _nearest(value: ir.Value, clip: Clip) -> Rounded:
 def _store(old: ir.Value, found: Rounded, graph: ir.Graph) -> None:
     """Write initializers and the DequantizeLinear node, and rewire every reader."""
     name, element = str(old.name), found.format.onnx_type
-    stored = constants.add(graph, f"{name}_quantized", found.codes, element)
+    stored = constants.add(graph, f"{name}{SUFFIX}", found.codes, element)
     scales = constants.add(graph, f"{name}_scale", found.scale)
     if np.any(found.zero_point):
         zero = constants.add(graph, f"{name}_zero_point", found.zero_point, element)

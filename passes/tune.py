@@ -1,9 +1,10 @@
-"""Tunes what is not codes in a rounded model, so that its outputs come back to the float ones.
+"""Tunes a rounded model by gradient, so that its outputs come back to the float ones.
 
 before:  Conv(dq(q(x, s_x)), dq(codes, s_w), b)
-becomes: Conv(dq(q(x, s_x')), dq(codes, s_w'), b')
+becomes: Conv(dq(q(x, s_x')), dq(codes', s_w'), b')
 
-Codes and graph stay, so neither size nor speed changes. The teacher is the model as it was before
+The graph stays, so neither size nor speed changes. Codes stay too, unless the samples' outputs
+outnumber them, as those of a language model do. The teacher is the model as it was before
 anything was lost. Steps and what they minimize are in `compiler/tuning.py`; part of the
 calibration samples is held out and judges them. It comes before `quantize-biases`.
 Sources: CalibTIP's bias tuning (arXiv 2006.10518); scales as in LSQ (arXiv 1902.08153).
@@ -35,7 +36,7 @@ LEAST_GAIN = 0.01  # share of the loss; less may be chance
 
 
 class Tune(Pass):
-    """Move biases and scales by gradient to where the outputs are closest to the float ones.
+    """Move biases, scales and codes to where the outputs are closest to the float ones.
 
     A model is tuned once: with the same options it is left as it is.
 
@@ -43,6 +44,7 @@ class Tune(Pass):
         biases: Whether biases of Conv, ConvTranspose, Gemm and MatMul move.
         scales: Whether scales of weights move.
         ranges: Whether scales of static activations move.
+        codes: Whether codes of weights may move, where outputs outnumber them.
         steps: Most steps; few samples are not learned from more than 60 times.
         samples: Calibration samples that are used, evenly spread, a fifth of them held out;
             0 takes all.
@@ -53,6 +55,7 @@ class Tune(Pass):
     biases: bool = True
     scales: bool = True
     ranges: bool = True
+    codes: bool = True
     steps: int = Field(300, ge=1)
     samples: int = Field(256, ge=0)
     loss: Literal["auto", "kl", "mse"] = "auto"
@@ -106,7 +109,7 @@ class Tune(Pass):
 
     def _tunables(self, model: ir.Model) -> Tunables:
         """Return what may move."""
-        return Tunables.of(model, self.biases, self.scales, self.ranges)
+        return Tunables.of(model, self.biases, self.scales, self.ranges, self.codes)
 
     def _feeds(self, context: Context) -> tuple[Feeds, Feeds]:
         """Return samples to learn from, and samples held out."""

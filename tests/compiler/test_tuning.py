@@ -166,7 +166,7 @@ def test_outputs_that_are_not_finite_are_refused():
 def test_a_bias_is_moved_in_units_of_its_channel():
     model = layer()
     graph, tunables = TorchGraph(model, ["b", "ws", "xs"]), Tunables.of(model)
-    moves = Moves.of(model, graph, tunables, {"x": X})
+    moves = Moves.of(model, model, graph, tunables, {"x": X})
     assert moves.arrays(model) == {}
     with torch.no_grad():
         moves.moved["b"] += 2
@@ -196,7 +196,7 @@ def integer_layer(per_tensor, fixed):
     size, scales = ("", "1e-8") if per_tensor else ("[3]", "1e-8,0.1,3e-9")
     model = parsed(INTEGER.format(CODES=CODES, size=size, scales=scales))
     tunables = Tunables.of(model, **dict.fromkeys(fixed, False))
-    return model, Moves.of(model, TorchGraph(model, tunables.names), tunables, {"x": X})
+    return model, Moves.of(model, model, TorchGraph(model, tunables.names), tunables, {"x": X})
 
 
 @settings(max_examples=60)
