@@ -133,11 +133,11 @@ def _data(model: ir.Model, name: str) -> npt.NDArray[np.generic]:
 
 def _cells(model: ir.Model, teacher: ir.Model, tunables: Tunables) -> Tensors:
     """Return where in the cell of its code each float weight lies, or nearest to."""
-    homes = {str(node.name): node for node in model.graph}
     found = {}
     for name, codes in tunables.codes.items():
         weight = teacher.graph.initializers.get(codes.weight)
-        node = homes[codes.node]
+        (use,) = model.graph.initializers[name].uses()
+        node = use.node
         start = torch.from_numpy(np.array(_data(model, name), np.float32))
         if (
             weight is None

@@ -52,7 +52,7 @@ class Recipe:
         for name, options in parse_items(text):
             if name not in known:
                 near = did_you_mean(name, known)
-                raise RecipeError(f"no pass {name!r} in this recipe{near}: {self}")
+                raise RecipeError(f"no pass {name!r} in the recipe {self}{near}")
             changes.setdefault(name, {}).update(options)
         return Recipe(
             tuple(

@@ -33,17 +33,15 @@ class Fit:
 
 @dataclass(frozen=True)
 class Codes:
-    """Codes that any other may replace.
+    """Codes with one reader, a DequantizeLinear, that any other may replace.
 
     Attributes:
         limits: The least and the greatest.
-        node: Name of the DequantizeLinear that reads them.
         weight: Name of the weight that they were made from.
         size: How many there are.
     """
 
     limits: tuple[int, int]
-    node: str
     weight: str
     size: int
 
@@ -144,7 +142,7 @@ def _codes(model: ir.Model) -> Iterator[tuple[str, Codes]]:
         limits = note.format.symmetric_codes if note.format.signed else note.format.codes
         assert value.const_value is not None
         weight, size = _name(value).removesuffix(SUFFIX), int(value.const_value.size)
-        yield _name(value), Codes(limits, str(node.name), weight, size)
+        yield _name(value), Codes(limits, weight, size)
 
 
 def _name(value: ir.Value | None) -> str:

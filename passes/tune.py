@@ -81,6 +81,7 @@ class Tune(Pass):
         if found is None:
             return 0
         figures = f"loss {found.before:.4g} before, {found.after:.4g} after {found.steps} steps"
+        figures += "" if found.codes else "; codes stayed"
         if not found.values or found.after > (1 - LEAST_GAIN) * found.before:
             context.remark(self, model.graph.name, f"nothing gained, left as it was: {figures}")
             return 0

@@ -120,6 +120,19 @@ def test_weights_count_rows_as_if_they_came_so_often():
             close(getattr(first, name), getattr(second, name))
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.5, 8.0])
+def test_rows_that_all_count_alike_change_no_bit(weight):
+    """Constant token weights give GPTQ itself (RSQ)."""
+    _, meeting, x, _ = met("matmul")
+    plain, weighted = (Sums.empty(meeting, apart=True) for _ in range(2))
+    plain.add(x, x + 1)
+    weighted.add(x, x + 1, np.full(15, weight, np.float32))
+    for centred in (False, True):
+        first, second = (one.moments(0, centred) for one in (plain, weighted))
+        for name in ("xx", "yx", "x", "y"):
+            np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_is_refused(bad):
     _, meeting, x, _ = met("matmul")

@@ -342,6 +342,13 @@ def test_a_budget_that_is_met(out):
     assert row(artifact).decision == Decision("uniform", 8.0)
 
 
+@pytest.mark.parametrize("asked", [{"precision": "w4"}, {"average_bits": 5.0, "widths": (8, 4)}])
+def test_passes_get_the_options_that_were_set(asked, out):
+    options = {"check": False, "jobs": 1, "set": "round-weights{clip=minmax}"}
+    made = fourfold.compile(MODEL, out, CALIB, **asked, **options)
+    assert "round-weights{clip=minmax}" in row(made).recipe
+
+
 def test_a_budget_without_a_precision_opens_the_widths(digits, out, tmp_path, monkeypatch):
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
     artifact = fourfold.compile(MODEL, out, CALIB, CHECK, max_drop=1.0)

@@ -185,3 +185,24 @@ def test_options_are_frozen():
     one = make(Pass, "tidy", {"opset": 23})
     with pytest.raises(ValidationError):
         one.opset = 21
+
+
+def test_passes_take_other_options():
+    recipe = Recipe.parse("tidy,calibrate{method=mse},assign-bits{weights=4 affine=true}")
+    changed = recipe.with_options("assign-bits{weights=2 block=32},tidy{opset=25}")
+    expected = "tidy{opset=25},calibrate{method=mse},assign-bits{weights=2 affine=true block=32}"
+    assert changed == Recipe.parse(expected)
+    assert recipe.with_options("tidy{opset=21},tidy{opset=25}").passes[0] == Tidy(opset=25)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tidi{opset=25}", "no pass 'tidi' in the recipe tidy,calibrate; did you mean 'tidy'"),
+        ("tidy{opsets=25}", "opsets"),
+        ("tidy{opset=25", "expected"),
+    ],
+)
+def test_other_options_that_are_none(text, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.parse("tidy,calibrate").with_options(text)

@@ -198,6 +198,12 @@ def test_effort_follows_from_data_unless_it_is_said():
     assert free.signals == ("quantization-error",)
 
 
+def test_options_of_passes_leave_no_room_for_a_recipe_or_a_plan():
+    for other in ("recipe", "plan"):
+        with pytest.raises(RecipeError, match=r"leave out .*--set"):
+            read_options({"set": "tidy{opset=21}", other: "tidy"}).widths_asked(data=True)
+
+
 def test_what_precision_budgets_ask_for():
     assert str(read_options({}).widths_asked(data=True)) == "w8a8"
     assert str(read_options({"max_size": 1}).widths_asked(data=True)) == "auto"

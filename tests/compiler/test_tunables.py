@@ -1,7 +1,8 @@
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from fourfold.compiler.tunables import Fit, Tunables, is_rounded
+from fourfold.compiler import notes
+from fourfold.compiler.tunables import Codes, Fit, Tunables, is_rounded
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
 
@@ -111,3 +112,31 @@ def test_what_counts_as_rounded():
     assert not is_rounded(parsed(fed))
     dynamic = "g (float[n,2] x) => (uint8[n,2] y) { y, s, z = DynamicQuantizeLinear (x) }"
     assert is_rounded(parsed(dynamic))
+
+
+def test_free_codes_are_named_with_their_limits_and_the_weight_that_they_were():
+    text = """g (float[n,2] x) => (float[n,2] y)
+    <int4[2,2] w_quantized = {1,2,3,-4}, float[2] s = {1,2}, int4[2,2] t = {1,2,3,4},
+     uint4[2,2] u_quantized = {1,2,3,4}, uint4[2] z = {1,2}> {
+        w = DequantizeLinear <axis = 1> (w_quantized, s)
+        v = DequantizeLinear <axis = 1> (t, s)
+        u = DequantizeLinear <axis = 1> (u_quantized, s, z)
+        a = MatMul (x, w)
+        b = MatMul (a, v)
+        y = MatMul (b, u)
+    }"""
+    model = parsed(text)
+    plan = {
+        "w_quantized": {"format": "int4 per_axis(1)", "mode": "static"},
+        "t": {"format": "int4 per_axis(1)", "mode": "static", "split": "a table"},
+        "u_quantized": {"format": "uint4 per_axis(1)", "mode": "static"},
+    }
+    notes.apply_plan(model, plan)
+    found = Tunables.of(model)
+    assert found.codes == {
+        "w_quantized": Codes((-8, 7), "w", 4),
+        "u_quantized": Codes((0, 15), "u", 4),
+    }
+    assert found.names == ("s", "w_quantized", "u_quantized")
+    assert found.without_codes().names == ("s",)
+    assert Tunables.of(model, codes=False).codes == {}

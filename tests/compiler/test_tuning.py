@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_ir.passes.common import ShapeInferencePass
 
+from fourfold.compiler import notes
 from fourfold.compiler.errors import DataError
 from fourfold.compiler.feeds import Feeds, input_specs
 from fourfold.compiler.losses import OutputLoss
@@ -188,6 +189,71 @@ INTEGER = """<int8[4,3] c = {CODES}, float{size} ws = {{{scales}}}, float xs = {
     }}"""
 FLAGS = [(), ("scales",), ("scales", "ranges"), ("biases", "scales"), ("biases",)]
 NUMBERS = st.floats(-20, 20, width=32)
+
+
+def of_codes(codes):
+    """Return a layer of int4 codes whose plan says so, and the float layer that it was."""
+    model = parsed(
+        f"""<int8[4,3] w_quantized = {{{codes}}}, float[3] ws = {{0.1,0.2,0.3}}> {{
+            w = DequantizeLinear <axis = 1> (w_quantized, ws)
+            y = MatMul (x, w)
+        }}"""
+    )
+    notes.apply_plan(model, {"w_quantized": {"format": "int4 per_axis(1)", "mode": "static"}})
+    return model
+
+
+WHOLE = np.arange(-6, 6).reshape(4, 3)
+FLOAT = np.float32([0.1, 0.2, 0.3]) * (WHOLE + 0.3)
+
+
+def float_layer():
+    numbers = ",".join(map(str, FLOAT.ravel()))
+    return parsed(f"<float[4,3] w = {{{numbers}}}> {{ y = MatMul (x, w) }}")
+
+
+def test_codes_that_are_off_come_back():
+    """All are at the nearest but two, which only other codes can make up for."""
+    off = WHOLE.copy()
+    off[0, 0] += 2
+    off[3, 2] -= 2
+    model = of_codes(",".join(map(str, off.ravel())))
+    schedule = Schedule(steps=300, batch=16, scales=0, codes=0.05)
+    found = tuned(model, float_layer(), Tunables.of(model), split(model), schedule)
+    assert found.codes
+    assert found.after < 0.3 * found.before
+    codes = found.values["w_quantized"]
+    assert codes.dtype == data(model)["w_quantized"].dtype
+    assert np.abs(codes.astype(int) - WHOLE).max() <= 1
+    assert codes.astype(int)[0, 0] in (WHOLE[0, 0], WHOLE[0, 0] + 1)
+
+
+def test_codes_stay_where_outputs_are_fewer():
+    model = of_codes(",".join(map(str, (WHOLE + 1).ravel())))
+    few = Feeds.read({"x": X[:4]}, input_specs(model), 1).split(2)  # 2 x 3 outputs, 12 codes
+    found = tuned(model, float_layer(), Tunables.of(model), few, QUICK)
+    assert not found.codes
+    assert "w_quantized" not in found.values
+
+
+def test_weights_start_inside_the_cells_of_their_codes():
+    off = WHOLE.copy()
+    off[0, 0] += 2
+    model = of_codes(",".join(map(str, off.ravel())))
+    tunables = Tunables.of(model)
+    graph = TorchGraph(model, tunables.names)
+    moves = Moves.of(model, float_layer(), graph, tunables, {"x": X})
+    expected = np.full((4, 3), 0.3)
+    expected[0, 0] = -0.45  # the float weight lies beyond the edge
+    np.testing.assert_allclose(moves.moved["w_quantized"].detach(), expected, atol=1e-5)
+    assert moves.arrays(model) == {}
+    with torch.no_grad():
+        moves.moved["w_quantized"] += 0.25
+        moves.moved["w_quantized"][3] += 100
+    found = moves.arrays(model)["w_quantized"].astype(int)
+    assert found[0, 0] == off[0, 0]
+    np.testing.assert_array_equal(found[1:3], WHOLE[1:3] + 1)
+    assert (found[3] == 7).all()
 
 
 @functools.cache

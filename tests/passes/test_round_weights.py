@@ -454,6 +454,19 @@ def test_gptq_of_inputs_that_do_not_correlate_is_the_nearest(format, tmp_path):
     np.testing.assert_array_equal(*(one.astype(np.int32) for one in codes))
 
 
+@pytest.mark.parametrize(("bits", "below", "moved"), [(8, 7, False), (8, 9, True), (4, 7, True)])
+def test_wide_weights_go_to_nearest(bits, below, moved, tmp_path):
+    draw = np.random.default_rng(5)
+    array = draw.normal(size=(16, 6)).astype(np.float32)
+    x = (draw.normal(size=(90, 3)) @ draw.normal(size=(3, 16))).astype(np.float32)
+    found = []
+    for one in (RoundWeights(), RoundWeights(method="gptq", below=below)):
+        model = matmul(array, f"int{bits} per_axis(1)")
+        one.run(model, fed(model, tmp_path, x))
+        found.append(stored(model)[0])
+    assert np.array_equal(*found) is not moved
+
+
 def test_gptq_asks_for_feeds():
     model = matmul(np.ones((4, 3), np.float32))
     assert list(RoundWeights(method="gptq").requires(model, ANY)) == [

@@ -115,6 +115,28 @@ def test_options_say_what_moves(option, names, zoo, context):
     assert rows[0].changed == len(names)
 
 
+@pytest.mark.parametrize("how", ["weights=4", "weights=3 affine=true", "weights=4 block=8"])
+def test_codes_move_where_outputs_outnumber_them(how, context, outputs):
+    weight = np.random.default_rng(1).normal(size=(16, 16)).astype(np.float32)
+    numbers = ",".join(map(str, weight.ravel()))
+    model = ir.from_onnx_text(
+        f"{HEADER} g (float[n,16] x) => (float[n,16] y) "
+        f"<float[16,16] w = {{{numbers}}}> {{ y = MatMul (x, w) }}"
+    )
+    x = DRAW.normal(size=(200, 4)) @ DRAW.normal(size=(4, 16))
+    before, context = rounded(model, context, f'{how} activations="float"', x)
+    kept, _ = run(Recipe.parse("tune{codes=false}"), before, context)
+    after, _ = run(Recipe.parse("tune"), before, context)
+    old, stay, new = (graph_of(one)[1] for one in (before, kept, after))
+    assert old == stay
+    assert {key for key in old if old[key] != new[key]} == {"w_quantized"}
+    dtypes = [one.graph.initializers["w_quantized"].dtype for one in (before, after)]
+    assert dtypes[0] == dtypes[1]
+    assert noise(context, after, outputs) < 0.8 * noise(context, kept, outputs)
+    reasons = [remark.reason for remark in context.remarks]
+    assert [reason.endswith("; codes stayed") for reason in reasons] == [True, False]
+
+
 def test_biases_still_fit_and_the_recipe_goes_on(zoo, context, outputs):
     model, context = rounded(zoo["convnet"](), context, "weights=4")
     rest = "quantize-biases,pad-codes,unpack-weights"
