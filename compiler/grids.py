@@ -28,6 +28,8 @@ class Grid:
         owner: Number of the stored scale that each element has, [rows, columns].
         limits: The least and the greatest code.
         least: What the scales may not fall below, [rows, columns].
+        table: The codes that a row may take, rising, [rows, entries]; None where all within the
+            limits are free.
     """
 
     scale: Doubles
@@ -35,15 +37,17 @@ class Grid:
     owner: Indices
     limits: tuple[int, int]
     least: Doubles
+    table: Doubles | None = None
 
     @classmethod
-    def of(cls, start: Rounded, rows: Rows, floor: Floats) -> Grid:
+    def of(cls, start: Rounded, rows: Rows, floor: Floats, table: bool = False) -> Grid:
         """Return the grid of a rounded weight.
 
         Args:
             start: The weight.
             rows: Lays an array of its shape out by rows.
             floor: What its scales may not fall below, of a shape that fits them.
+            table: Whether a row may only take the codes that it has.
         """
         shape, format = start.codes.shape, start.format
         numbers = np.arange(start.scale.size).reshape(start.scale.shape)
@@ -58,12 +62,14 @@ class Grid:
             laid_out(numbers).astype(np.intp),
             format.symmetric_codes if format.signed else format.codes,
             laid_out(least).astype(np.float64),
+            _entries(rows(start.codes), start.scale.size == 1) if table else None,
         )
 
     def part(self, rows: slice) -> Grid:
         """Return the grid of some rows."""
         scale, shift = self.scale[rows], self.shift[rows]
-        return Grid(scale, shift, self.owner[rows], self.limits, self.least[rows])
+        table = None if self.table is None else self.table[rows]
+        return Grid(scale, shift, self.owner[rows], self.limits, self.least[rows], table)
 
     def scaled(self, scale: Doubles) -> Grid:
         """Return the grid with other scales, which stay above what they may not fall below."""
@@ -71,6 +77,8 @@ class Grid:
 
     def codes(self, values: Doubles) -> Doubles:
         """Return the nearest codes, [rows, columns]."""
+        if self.table is not None:
+            return _nearest(values / self.scale + self.shift, self.table)
         return np.asarray(np.clip(np.rint(values / self.scale) + self.shift, *self.limits))
 
     def floats(self, codes: Doubles) -> Doubles:
@@ -79,6 +87,9 @@ class Grid:
 
     def nearest(self, values: Doubles, column: int) -> Doubles:
         """Return the nearest codes of one column, [rows]."""
+        if self.table is not None:
+            share = values / self.scale[:, column] + self.shift[:, column]
+            return _nearest(share[:, None], self.table)[:, 0]
         codes = np.rint(values / self.scale[:, column]) + self.shift[:, column]
         return np.asarray(np.clip(codes, *self.limits))
 
@@ -108,3 +119,19 @@ class Grid:
         found = np.empty(like.size, np.float64)
         found[self.owner.ravel()] = values.ravel()
         return found.reshape(like.shape).astype(np.float32)
+
+
+def _entries(codes: npt.NDArray[Any], alike: bool) -> Doubles:
+    """Return the codes of each row, or of all rows alike, rising, the greatest repeated."""
+    parts = [codes] * len(codes) if alike else list(codes)
+    found = [np.unique(part.astype(np.float64)) for part in parts]
+    most = max(map(len, found))
+    return np.stack([np.pad(one, (0, most - len(one)), mode="edge") for one in found])
+
+
+def _nearest(values: Doubles, table: Doubles) -> Doubles:
+    """Return the entry of its row that each value is nearest to, [rows, columns]."""
+    place = np.zeros(values.shape, np.intp)
+    for edge in ((table[:, 1:] + table[:, :-1]) / 2).T:  # a value's place: the edges below it
+        place += values > edge[:, None]
+    return np.take_along_axis(table, place, axis=1)

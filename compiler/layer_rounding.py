@@ -19,7 +19,7 @@ from .biases import Bias
 from .covariance import Moments
 from .gptq import BLOCK, DAMPING, Curvature, Doubles, gptq
 from .grids import Grid
-from .layers import Met, rows_of
+from .layers import Met
 
 SHARES = np.arange(1.0, 0.29, -0.05)  # of a group's range, tried for its scale
 PULLS = (0.01, 0.1, 1.0)  # towards the weight as it was, in mean energies of a column
@@ -214,7 +214,7 @@ def rounded_layer(
         search: See `solve`.
         blind: Whether nothing is taken from samples that are held out.
     """
-    weights = rows_of(met.layer.reader)
+    weights = met.layer.rows()
     centred = Bias.of(met.layer.reader) is not None
     both = met.learn if blind else met.learn.plus(met.held)
     folds = follow and met.held.count > 0

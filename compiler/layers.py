@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from . import notes
 from .biases import Bias
 from .contract import Context
 from .covariance import Doubles, Meeting, Sums
@@ -40,11 +41,19 @@ class Layer:
         reader: The weight as the node sees it.
         meeting: How it meets its operand.
         source: The operand's name in the float model.
+        whole: The weight in the float model, where it has been split by value since.
     """
 
     reader: Weight
     meeting: Meeting
     source: str
+    whole: ir.Value | None = None
+
+    def rows(self) -> Doubles:
+        """Return the float weight by output channels, [rows, columns]."""
+        value = self.reader.value if self.whole is None else self.whole
+        with opened(value) as array:
+            return Channels.of(self.reader).rows(np.asarray(array, np.float64))
 
     @property
     def name(self) -> str:
@@ -74,12 +83,6 @@ class Met:
     sample: Sample | None = None
 
 
-def rows_of(reader: Weight) -> Doubles:
-    """Return a float weight by output channels, [rows, columns]."""
-    with opened(reader.value) as array:
-        return Channels.of(reader).rows(np.asarray(array, np.float64))
-
-
 def layer_of(value: ir.Value, floats: ir.Model) -> Layer | str:
     """Return a float weight's layer, or why it has none that can be looked at."""
     readers = readers_of(value)
@@ -99,8 +102,16 @@ def read_layer(reader: Weight, floats: ir.Model) -> Layer | str:
     known = {str(v.name) for v in values(floats)}
     for name in (str(operand.name), str(undequantized(operand).name)):
         if name in known:
-            return Layer(reader, meeting, name)
+            return Layer(reader, meeting, name, _whole(reader.value, floats))
     return "the float model has no value like its operand"
+
+
+def _whole(value: ir.Value, floats: ir.Model) -> ir.Value | None:
+    """Return the float model's weight where this one is made of a split of it."""
+    found = floats.graph.initializers.get(str(value.name))
+    if notes.read(value).split is None or found is None or found.shape != value.shape:
+        return None
+    return found
 
 
 @dataclass(frozen=True)
@@ -188,7 +199,7 @@ class Layers:
         bias = Bias.of(layer.reader)
         return Sample(
             layer.meeting,
-            rows_of(layer.reader).astype(np.float32),
+            layer.rows().astype(np.float32),
             None if bias is None else bias.floats().astype(np.float32),
             self._feeds.count,
             self._memory,

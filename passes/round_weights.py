@@ -23,7 +23,7 @@ from ..compiler.biases import Bias
 from ..compiler.contract import Context, Pass
 from ..compiler.errors import RecipeError
 from ..compiler.finished import Finished
-from ..compiler.formats import PerAxis, PerBlock
+from ..compiler.formats import Format, PerAxis, PerBlock
 from ..compiler.gptq import Doubles
 from ..compiler.graph import (
     Weight,
@@ -108,7 +108,9 @@ class RoundWeights(Pass):
         """Whether a planned weight, or what its split says, has fewer bits than `below`."""
         note = notes.read(value)
         assert note.format is not None
-        return note.format.bits < self.below
+        if note.split is None or note.part is not None:
+            return note.format.bits < self.below
+        return Format.parse(note.split).stored_bits < self.below
 
     def _layers(
         self, planned: Sequence[ir.Value], floats: ir.Model, context: Context
@@ -117,13 +119,11 @@ class RoundWeights(Pass):
         found = []
         for value in planned:
             note = notes.read(value)
-            if note.split is not None:
-                parts = note.part is not None
-                one: Layer | str = (
-                    "zeros of a part stay zeros" if parts else "its values are those of a table"
-                )
-            else:
-                one = layer_of(value, floats)
+            one: Layer | str = layer_of(value, floats)
+            if note.part is not None:
+                one = "zeros of a part stay zeros"
+            elif note.split is not None and not _has_table(value):
+                one = "its values are those of a split"
             if isinstance(one, Layer):
                 found.append(one)
             else:
@@ -159,9 +159,15 @@ class RoundWeights(Pass):
         reader = met.layer.reader
         start = _nearest(reader.value, "minmax" if self._searches else self.clip)
         channels = Channels.of(reader)
-        whole = Grid.of(start, channels.rows, floor_of([reader], start.format))
+        split = _has_table(reader.value)
+        floor = floor_of([reader], start.format)
+        whole = Grid.of(start, channels.rows, floor, table=split)
         codes, grid, delta = rounded_layer(met, whole, self._follows, self.rounds, self._searches)
-        if met.sample is not None and (learned := self._learned(met, met.sample, whole)):
+        if (
+            met.sample is not None
+            and not split
+            and (learned := self._learned(met, met.sample, whole))
+        ):
             codes, grid, delta = learned
         found = channels.back(codes.astype(start.codes.dtype), start.codes.shape)
         scale, zero = (
@@ -231,6 +237,17 @@ def _read(
     assert format is not None
     codes, scale, zero = (arrays[name] for name in ("codes", "scale", "zero"))
     return Rounded(codes, scale, zero, format), arrays["delta"]
+
+
+def _has_table(value: ir.Value) -> bool:
+    """Whether each output channel takes the few values of a table."""
+    note = notes.read(value)
+    if note.split is None or note.part is not None:
+        return False
+    split = Format.parse(note.split).split
+    if split is None or split.form != "int8-grid":
+        return False
+    return not isinstance(split.over, PerBlock)
 
 
 def _is_planned(value: ir.Value) -> bool:

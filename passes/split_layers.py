@@ -80,6 +80,8 @@ class SplitLayers(Pass):
     def run(self, model: ir.Model, context: Context) -> int:
         """Split every weight once; return how many."""
         homes = weights_of(model)
+        if any(notes.read(value).format is not None for value in homes):
+            context.float_model(model)  # what is split by a plan is rounded
         unplanned = all(notes.read(v).mode is None or notes.read(v).part for v in homes)
         changed = 0
         fresh: list[ir.Value] = []

@@ -38,6 +38,26 @@ def test_codes_and_floats_are_those_of_the_rounding(format, axis, seed):
     np.testing.assert_allclose(grid.floats(codes), channels.rows(start.floats()), rtol=1e-6)
 
 
+@given(st.sampled_from(["per_axis(0)", "per_tensor"]), st.integers(0, 10**6), st.integers(1, 9))
+def test_a_row_takes_only_the_codes_that_it_has(groups, seed, count):
+    draw = np.random.default_rng(seed)
+    entries = draw.normal(size=(5, count)).astype(np.float32)
+    values = np.take_along_axis(entries, draw.integers(0, count, (5, 12)), axis=1)
+    start = rounded(values, Format.parse(f"int8 {groups}"), "minmax")
+    grid = Grid.of(start, Channels(0).rows, np.float32(0), table=True)
+    wanted = draw.normal(size=(5, 12))
+    codes = grid.codes(wanted)
+    for row in range(5):
+        free = start.codes if groups == "per_tensor" else start.codes[row]
+        best = np.abs(grid.scale[row, 0] * free.ravel().astype(float)[:, None] - wanted[row])
+        assert set(codes[row]) <= set(free.ravel().astype(float))
+        found = np.abs(grid.floats(codes)[row] - wanted[row])
+        np.testing.assert_allclose(found, best.min(0), atol=1e-6)
+    by_column = np.stack([grid.nearest(wanted[:, at], at) for at in range(12)], axis=1)
+    np.testing.assert_array_equal(by_column, codes)
+    np.testing.assert_array_equal(grid.part(slice(2, 4)).codes(wanted[2:4]), codes[2:4])
+
+
 @given(st.sampled_from(FORMATS), st.sampled_from([0, 1]))
 def test_scales_and_shifts_come_back_as_they_are_stored(format, axis):
     start, _, grid, _ = laid_out(format, axis)
