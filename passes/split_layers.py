@@ -80,17 +80,18 @@ class SplitLayers(Pass):
     def run(self, model: ir.Model, context: Context) -> int:
         """Split every weight once; return how many."""
         homes = weights_of(model)
-        if any(notes.read(value).format is not None for value in homes):
-            context.float_model(model)  # what is split by a plan is rounded
         unplanned = all(notes.read(v).mode is None or notes.read(v).part for v in homes)
         changed = 0
         fresh: list[ir.Value] = []
-        for value in context.progress(homes, "split layers", len(homes)):
-            readers = readers_of(value)
-            format = self._format(value, readers, unplanned, context)
+        asked = [(v, self._format(v, readers_of(v), unplanned, context)) for v in homes]
+        # Branches compute what their layer did, so they come before anything is lost.
+        asked.sort(key=lambda one: _is_rounded(one[1]))
+        for value, format in context.progress(asked, "split layers", len(asked)):
             if format is None:
                 continue
-            made = self._split(model.graph, _Weight(value, readers), format, context)
+            if _is_rounded(format):
+                context.float_model(model)
+            made = self._split(model.graph, _Weight(value, readers_of(value)), format, context)
             changed += made is not None
             fresh += made or []
         _give_ranges(model, fresh, context)
@@ -247,6 +248,12 @@ class _Weight:
             notes.write(self.value, mode="float", format=format, split=str(format))
         else:
             notes.write(self.value, format=behind, split=str(format))
+
+
+def _is_rounded(format: Format | Split | None) -> bool:
+    """Whether splitting a weight rounds it, as every form but branches does."""
+    split = format.split if isinstance(format, Format) else format
+    return split is not None and split.form != "branches"
 
 
 def _writes_codes(value: ir.Value, readers: Sequence[Weight], context: Context) -> bool:

@@ -166,7 +166,9 @@ def test_what_is_exact_already_is_left_with_both_figures(zoo, context):
     context.floats[:] = [model.clone()]
     assert Tune(steps=3).run(model, context) == 0
     (remark,) = context.remarks
-    assert remark.reason == "nothing gained, left as it was: loss 0 before, 0 after 3 steps"
+    assert remark.reason == (
+        "nothing gained, left as it was: loss 0 before, 0 after 3 steps; codes stayed"
+    )
 
 
 def test_a_gain_of_chance_is_not_taken(zoo, context):
