@@ -58,23 +58,23 @@ LAYOUTS = (
 
 def compiled(model: Any, layout: Layout, out: Path, feeds: Any) -> fourfold.Artifact:
     """Compile a model in one layout; eight samples check, so that memory is known."""
-    options: dict[str, Any] = {"precision": layout.precision, "split": layout.split}
-    if layout.affine or layout.rounding != "nearest":
-        options = {"recipe": changed_recipe(layout)}
     few = [feeds[0]] if isinstance(feeds, list) else {n: v[:8] for n, v in feeds.items()}
-    return fourfold.compile(model, out, feeds, few, **options)
+    return fourfold.compile(model, out, feeds, few, recipe=recipe_of(layout))
 
 
-def changed_recipe(layout: Layout) -> fourfold.Recipe:
-    """Return the CPU recipe of a precision, with affine weights or another rounding."""
+def recipe_of(layout: Layout) -> fourfold.Recipe:
+    """Return the CPU recipe of a layout; nothing is corrected behind the rounding."""
     from fourfold.compiler.precision import Precision
+    from fourfold.compiler.split_plan import SplitWish
     from fourfold.targets.cpu import Cpu
 
     changes = {
         "assign-bits": {"affine": layout.affine},
         "round-weights": {"method": layout.rounding},
     }
-    passes = Cpu().recipe(Precision.parse(layout.precision)).passes
+    split = SplitWish.parse(layout.split) if layout.split else None
+    asked = Precision.parse(layout.precision).model_copy(update={"split": split})
+    passes = Cpu().recipe(asked).passes
     return fourfold.Recipe(tuple(p.model_copy(update=changes.get(p.name, {})) for p in passes))
 
 
