@@ -16,8 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import cpu
 import measure
@@ -30,7 +29,7 @@ EFFORTS = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Row:
-    """One way to compile a task's model."""
+    """One way to compile a task's model; the fields are options of `compile`."""
 
     precision: str
     effort: int
@@ -56,13 +55,7 @@ def table(task_name: str, rows: list[Row], rounds: int) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["FOURFOLD_CACHE"] = f"{folder}/cache"
             begin = time.perf_counter()
-            options = {
-                "precision": row.precision,
-                "effort": row.effort,
-                "split": row.split,
-                "set": row.set,
-            }
-            made = fourfold.compile(source, f"{folder}/out", feeds, few, **options)
+            made = fourfold.compile(source, f"{folder}/out", feeds, few, **asdict(row))
             took = time.perf_counter() - begin
             path = made.entry("cpu")
             score, outputs = measure.accuracy(task, path)
@@ -72,7 +65,7 @@ def table(task_name: str, rows: list[Row], rounds: int) -> Iterator[str]:
             bits = report.stored_bits.total if report.stored_bits else 32.0
             yield (
                 f"{row.name:24} {score:14.3f} {measure.sqnr_db(reference, outputs):8.2f} "
-                f"{bits:6.2f} {Path(path).stat().st_size / 1e6:7.2f} "
+                f"{bits:6.2f} {path.stat().st_size / 1e6:7.2f} "
                 f"{seconds['float'] / seconds[row.name]:8.2f} {took:7.1f}"
             )
 

@@ -123,8 +123,9 @@ class Grid:
 
 def _entries(codes: npt.NDArray[Any], alike: bool) -> Doubles:
     """Return the codes of each row, or of all rows alike, rising, the greatest repeated."""
-    parts = [codes] * len(codes) if alike else list(codes)
-    found = [np.unique(part.astype(np.float64)) for part in parts]
+    if alike:
+        return np.tile(np.unique(codes).astype(np.float64), (len(codes), 1))
+    found = [np.unique(row).astype(np.float64) for row in codes]
     most = max(map(len, found))
     return np.stack([np.pad(one, (0, most - len(one)), mode="edge") for one in found])
 

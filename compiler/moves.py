@@ -135,16 +135,11 @@ def _cells(model: ir.Model, teacher: ir.Model, tunables: Tunables) -> Tensors:
     """Return where in the cell of its code each float weight lies, or nearest to."""
     found = {}
     for name, codes in tunables.codes.items():
-        weight = teacher.graph.initializers.get(codes.weight)
+        weight = teacher.graph.initializers[codes.weight].const_value
+        assert weight is not None
         (use,) = model.graph.initializers[name].uses()
         node = use.node
         start = torch.from_numpy(np.array(_data(model, name), np.float32))
-        if (
-            weight is None
-            or weight.const_value is None
-            or tuple(weight.shape or ()) != start.shape
-        ):
-            continue
         spread = partial(
             dequantize_linear,
             axis=node.attributes.get_int("axis", 1),
@@ -155,7 +150,7 @@ def _cells(model: ir.Model, teacher: ir.Model, tunables: Tunables) -> Tensors:
             for value in node.inputs[1:]
             if value is not None
         )
-        floats = torch.from_numpy(np.array(weight.const_value.numpy(), np.float32))
+        floats = torch.from_numpy(np.array(weight.numpy(), np.float32))
         step, origin = spread(torch.ones_like(start), scale), spread(0 * start, scale, *zero)
         place = (floats - origin) / step
         found[name] = (place - start).clamp(-CELL, CELL)

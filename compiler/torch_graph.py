@@ -47,14 +47,15 @@ class TorchGraph:
 
     Args:
         model: A float model of opset 13 or newer; it is left as it is, and must stay so.
-        weights: Names of float initializers.
+        weights: Names of initializers of floats, or of codes of at most 8 bits.
 
     Attributes:
-        weights: Weight name -> float32 leaf tensor that requires a gradient. float32 data is
-            shared with the model: put another tensor into the dict instead of writing to one.
+        weights: Weight name -> float32 leaf tensor that requires a gradient; codes are whole
+            numbers in it. float32 data is shared with the model: put another tensor into the
+            dict instead of writing to one.
 
     Raises:
-        ModelError: A name in `weights` is no float initializer.
+        ModelError: A name in `weights` is no such initializer.
         UnsupportedError: A node has an operator, attribute or output that is not covered.
     """
 
@@ -225,7 +226,7 @@ def _leaf(graph: ir.Graph, name: str) -> Tensor:
     """Return a weight as a float32 tensor that requires a gradient.
 
     Raises:
-        ModelError: There is no such initializer, or it is not float.
+        ModelError: There is no such initializer, or it holds neither floats nor codes.
     """
     value = graph.initializers.get(name)
     if value is None:

@@ -38,12 +38,12 @@ class Codes:
     Attributes:
         limits: The least and the greatest.
         weight: Name of the weight that they were made from.
-        size: How many there are.
+        shape: Theirs, and the weight's.
     """
 
     limits: tuple[int, int]
     weight: str
-    size: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,17 @@ class Tunables:
         """Return the rest."""
         return replace(self, codes={})
 
+    def known_to(self, floats: ir.Model) -> Tunables:
+        """Return those whose codes have their weight in the float model; others cannot start."""
+        known = {str(v.name): v.const_value for v in floats.graph.initializers.values()}
+        kept = {
+            name: codes
+            for name, codes in self.codes.items()
+            if (weight := known.get(codes.weight)) is not None
+            and tuple(weight.shape.numpy()) == codes.shape
+        }
+        return replace(self, codes=kept)
+
     @property
     def names(self) -> tuple[str, ...]:
         """All of them."""
@@ -141,8 +152,8 @@ def _codes(model: ir.Model) -> Iterator[tuple[str, Codes]]:
             continue
         limits = note.format.symmetric_codes if note.format.signed else note.format.codes
         assert value.const_value is not None
-        weight, size = _name(value).removesuffix(SUFFIX), int(value.const_value.size)
-        yield _name(value), Codes(limits, weight, size)
+        weight, shape = _name(value).removesuffix(SUFFIX), tuple(value.const_value.shape.numpy())
+        yield _name(value), Codes(limits, weight, shape)
 
 
 def _name(value: ir.Value | None) -> str:

@@ -130,8 +130,8 @@ def tuned(
     names, form = float_outputs(model), scale_of(teacher)
     float_graph = TorchGraph(teacher, [])
     learn, held = (_Samples.of(float_graph, part, names) for part in feeds)
-    patience = PATIENCE
-    if learn.outputs < sum(codes.size for codes in tunables.codes.values()):
+    tunables, patience = tunables.known_to(teacher), PATIENCE
+    if learn.outputs < sum(math.prod(codes.shape) for codes in tunables.codes.values()):
         tunables = tunables.without_codes()
     if tunables.codes:  # the rates fall, and what they make of codes is best at the end
         schedule, patience = schedule.with_codes(), CHECKS

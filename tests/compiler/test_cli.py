@@ -136,6 +136,7 @@ def test_compile_with_every_option(call, home):
     options = [
         *("--target", 'cpu{isa="vnni"}', "--data", "feeds.npz", "--check", "feeds.npz"),
         *("--precision", "w4a8", "--ranges", "static", "--metric", "my_score:score"),
+        *("--set", "round-weights{clip=mse}"),
         *("--max-drop", "5", "--memory", "1MiB", "--threads", "2", "--seed", "7"),
         *("--stage", "--force", "--json"),
     ]
@@ -146,6 +147,7 @@ def test_compile_with_every_option(call, home):
     assert (row["precision"], row["accuracy"]["metric"]) == ("w4a8", "score")
     assert row["latency"][0]["threads"] == 2
     assert "assign-bits{weights=4 activations=" in row["recipe"]
+    assert 'round-weights{clip="mse"}' in row["recipe"]
     assert call("compile", "mlp.onnx", "-o", "build", *options)[0] == 0  # --force
 
 

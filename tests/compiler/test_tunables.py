@@ -134,9 +134,14 @@ def test_free_codes_are_named_with_their_limits_and_the_weight_that_they_were():
     notes.apply_plan(model, plan)
     found = Tunables.of(model)
     assert found.codes == {
-        "w_quantized": Codes((-8, 7), "w", 4),
-        "u_quantized": Codes((0, 15), "u", 4),
+        "w_quantized": Codes((-8, 7), "w", (2, 2)),
+        "u_quantized": Codes((0, 15), "u", (2, 2)),
     }
     assert found.names == ("s", "w_quantized", "u_quantized")
     assert found.without_codes().names == ("s",)
     assert Tunables.of(model, codes=False).codes == {}
+    floats = (
+        "g (float[n,2] x) => (float[n,2] y) <float[2,2] u = {1,2,3,4}, float[4] w = {1,2,3,4}>"
+    )
+    floats = parsed(f"{floats} {{ v = MatMul (x, u) y = Add (v, w) }}")
+    assert set(found.known_to(floats).codes) == {"u_quantized"}  # w is of another shape
